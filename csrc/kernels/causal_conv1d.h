@@ -1,0 +1,31 @@
+// Causal depthwise convolution (math: x~ = [init, x], c_t = bias + sum_k W_k x~_{t+k}, y = silu(c) or c).
+#pragma once
+#include "kernels/view.h"
+
+namespace mamba_ops {
+
+inline constexpr int kConvMaxWidth = 4;
+
+struct ConvDims {
+  int64_t b, d, l;
+  int w;      // taps
+  bool silu;  // else no activation
+};
+
+struct ConvFwd {
+  ConvDims dims;
+  View x, y;                        // (b, d, l)
+  View weight, bias;                // (d, w), (d)
+  View initial_state, final_state;  // (rows, d, w - 1)
+  Pieces pieces;
+};
+
+struct ConvBwd {
+  ConvFwd fwd;            // y and final_state are absent
+  View dy, dx;            // (b, d, l)
+  View dweight, dbias;    // (d, w), (d)
+  View dfinal, dinitial;  // (rows, d, w - 1)
+  void* partial;          // (groups, w + 1, padded d) in the arithmetic type: sums of dweight, then dbias
+};
+
+}  // namespace mamba_ops

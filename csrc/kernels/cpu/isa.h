@@ -1,0 +1,40 @@
+// The CPU kernels, compiled once per instruction set and chosen at run time.
+#pragma once
+#include <cstdint>
+#include <string>
+#include <vector>
+
+#include "kernels/causal_conv1d.h"
+
+namespace mamba_ops {
+
+// The kernels for one type of arithmetic. Each works on units [begin, end) and needs `scratch`, private to the call.
+template <class R>
+struct Kernels {
+  int64_t (*causal_conv1d_units)(const ConvDims&, const Pieces&);
+  int64_t (*causal_conv1d_scratch)();
+  void (*causal_conv1d_fwd)(const ConvFwd&, int64_t begin, int64_t end, void* scratch);
+  void (*causal_conv1d_bwd)(const ConvBwd&, int64_t begin, int64_t end, void* scratch);
+  void (*causal_conv1d_reduce)(const ConvBwd&);
+};
+
+struct CpuTable {
+  const char* name;
+  Kernels<float> f32;
+  Kernels<double> f64;
+
+  template <class R>
+  const Kernels<R>& kernels() const {
+    if constexpr (sizeof(R) == sizeof(float))
+      return f32;
+    else
+      return f64;
+  }
+};
+
+// The table in use: the widest that this machine runs, or what MAMBA_OPS_CPU_ISA or set_cpu_isa names.
+const CpuTable& cpu();
+std::vector<std::string> cpu_isas();          // those that this machine runs, narrowest first
+void set_cpu_isa(const std::string& name);    // throws std::invalid_argument for one that it does not run
+
+}  // namespace mamba_ops

@@ -1,0 +1,280 @@
+// Vectors of the widest registers of the instruction set that this file is compiled for, and the few
+// functions that the kernels need of them. Everything is inline and lives in the namespace of that instruction set.
+#pragma once
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+
+#include "kernels/view.h"
+
+#ifndef MAMBA_ISA
+#error "compile the CPU kernels with -DMAMBA_ISA=base, avx2 or avx512"
+#endif
+#define MAMBA_INLINE inline __attribute__((always_inline))
+
+namespace mamba_ops::MAMBA_ISA {
+
+#if defined(__AVX512F__)
+inline constexpr int kVecBytes = 64;
+#elif defined(__AVX2__)
+inline constexpr int kVecBytes = 32;
+#else
+inline constexpr int kVecBytes = 16;
+#endif
+
+template <class R>
+struct Traits;
+template <>
+struct Traits<float> {
+  typedef float Vec __attribute__((vector_size(kVecBytes), aligned(4), may_alias));
+  typedef int32_t Int __attribute__((vector_size(kVecBytes)));
+};
+template <>
+struct Traits<double> {
+  typedef double Vec __attribute__((vector_size(kVecBytes), aligned(8), may_alias));
+  typedef int64_t Int __attribute__((vector_size(kVecBytes)));
+};
+template <class R>
+using Vec = typename Traits<R>::Vec;
+template <class R>
+using IntVec = typename Traits<R>::Int;
+template <class R>
+inline constexpr int kWidth = kVecBytes / int(sizeof(R));
+
+template <class R>
+MAMBA_INLINE Vec<R> load(const R* p) {
+  return *reinterpret_cast<const Vec<R>*>(p);
+}
+template <class R>
+MAMBA_INLINE void store(R* p, Vec<R> v) {
+  *reinterpret_cast<Vec<R>*>(p) = v;
+}
+template <class R>
+MAMBA_INLINE Vec<R> splat(R x) {
+  return x - Vec<R>{};  // x - 0, not 0 + x: keeps -0.0
+}
+
+template <class R>
+MAMBA_INLINE R sum(Vec<R> v) {
+  R lanes[kWidth<R>];
+  store<R>(lanes, v);
+  for (int half = kWidth<R> / 2; half > 0; half /= 2)
+    for (int i = 0; i < half; ++i) lanes[i] += lanes[i + half];
+  return lanes[0];
+}
+
+// Of two values; the second where either is NaN (as the x86 instructions do).
+MAMBA_INLINE Vec<float> max(Vec<float> a, Vec<float> b) {
+#if defined(__AVX512F__)
+  return (Vec<float>)_mm512_max_ps((__m512)a, (__m512)b);
+#elif defined(__AVX2__)
+  return (Vec<float>)_mm256_max_ps((__m256)a, (__m256)b);
+#else
+  return a > b ? a : b;
+#endif
+}
+MAMBA_INLINE Vec<float> min(Vec<float> a, Vec<float> b) {
+#if defined(__AVX512F__)
+  return (Vec<float>)_mm512_min_ps((__m512)a, (__m512)b);
+#elif defined(__AVX2__)
+  return (Vec<float>)_mm256_min_ps((__m256)a, (__m256)b);
+#else
+  return a < b ? a : b;
+#endif
+}
+
+// ---- exp, log1p and what follows from them. NaN stays NaN ------------------------------------------------
+MAMBA_INLINE Vec<float> exp2(Vec<float> x) {
+  // 2^x = 2^n 2^r, n = round(x), |r| <= 1/2; a minimax polynomial of 2^r with 2^0 = 1 exactly.
+  const Vec<float> magic = splat(12582912.f);
+  x = min(splat(128.f), max(splat(-126.f), x));
+  const Vec<float> shifted = x + magic;
+  const Vec<float> r = x - (shifted - magic);
+  Vec<float> p = splat(1.535336188e-4f);
+  p = p * r + 1.339887440e-3f;
+  p = p * r + 9.618437358e-3f;
+  p = p * r + 5.550332471e-2f;
+  p = p * r + 2.402264791e-1f;
+  p = p * r + 6.931472029e-1f;
+  p = p * r + 1.f;
+  const IntVec<float> n = (IntVec<float>)shifted << 23;
+  return (Vec<float>)((IntVec<float>)p + n);
+}
+template <class R, class F>
+MAMBA_INLINE Vec<R> each_lane(Vec<R> x, F f) {
+  for (int i = 0; i < kWidth<R>; ++i) x[i] = f(x[i]);
+  return x;
+}
+MAMBA_INLINE Vec<double> exp2(Vec<double> x) {
+  return each_lane<double>(x, [](double v) { return ::exp2(v); });
+}
+template <class R>
+inline constexpr R kLog2e = R(1.4426950408889634074);
+
+MAMBA_INLINE Vec<float> exp(Vec<float> x) { return exp2(Vec<float>(x * kLog2e<float>)); }
+MAMBA_INLINE Vec<double> exp(Vec<double> x) {
+  return each_lane<double>(x, [](double v) { return ::exp(v); });
+}
+
+// log(1 + x) for 0 <= x <= 1: 2 atanh(x / (2 + x)).
+MAMBA_INLINE Vec<float> log1p_unit(Vec<float> x) {
+  const Vec<float> s = x / (2.f + x), q = s * s;
+  Vec<float> p = splat(1.f / 15);
+  p = p * q + 1.f / 13;
+  p = p * q + 1.f / 11;
+  p = p * q + 1.f / 9;
+  p = p * q + 1.f / 7;
+  p = p * q + 1.f / 5;
+  p = p * q + 1.f / 3;
+  return 2.f * s + 2.f * s * (p * q);
+}
+MAMBA_INLINE Vec<double> log1p_unit(Vec<double> x) {
+  return each_lane<double>(x, [](double v) { return ::log1p(v); });
+}
+
+template <class R>
+MAMBA_INLINE Vec<R> softplus(Vec<R> v) {
+  const Vec<R> zero = {}, pos = v > zero ? v : zero, neg = v > zero ? -v : v;
+  const Vec<R> soft = pos + log1p_unit(exp(neg));
+  return v > R(20) ? v : soft;
+}
+template <class R>
+MAMBA_INLINE Vec<R> sigmoid(Vec<R> v) {
+  return R(1) / (R(1) + exp(Vec<R>(-v)));
+}
+template <class R>
+MAMBA_INLINE Vec<R> softplus_grad(Vec<R> v) {
+  return v > R(20) ? splat(R(1)) : sigmoid<R>(v);
+}
+template <class R>
+MAMBA_INLINE Vec<R> silu(Vec<R> z) {
+  return z * sigmoid<R>(z);
+}
+template <class R>
+MAMBA_INLINE Vec<R> silu_grad(Vec<R> z) {
+  const Vec<R> s = sigmoid<R>(z);
+  return s * (R(1) + z * (R(1) - s));
+}
+
+// ---- storage types -----------------------------------------------------------------------------------------
+MAMBA_INLINE float to_float(float x) { return x; }
+MAMBA_INLINE float to_float(bf16 x) {
+  const uint32_t bits = uint32_t(x.bits) << 16;
+  float out;
+  std::memcpy(&out, &bits, 4);
+  return out;
+}
+MAMBA_INLINE float to_float(f16 x) {
+#if defined(__F16C__)
+  return _cvtsh_ss(x.bits);
+#else
+  // Moves the exponent by a multiplication, which handles denormals; infinities and NaN apart.
+  const uint32_t sign = uint32_t(x.bits & 0x8000) << 16, rest = x.bits & 0x7fff;
+  uint32_t bits = rest << 13;
+  float value;
+  if (rest >= 0x7c00) {
+    bits |= 0x7f800000;
+    std::memcpy(&value, &bits, 4);
+  } else {
+    std::memcpy(&value, &bits, 4);
+    value *= 0x1p112f;
+    std::memcpy(&bits, &value, 4);
+  }
+  bits |= sign;
+  std::memcpy(&value, &bits, 4);
+  return value;
+#endif
+}
+MAMBA_INLINE bf16 to_bf16(float x) {
+  uint32_t bits;
+  std::memcpy(&bits, &x, 4);
+  const uint32_t rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
+  return {uint16_t(x != x ? 0x7fc0 : rounded)};
+}
+MAMBA_INLINE f16 to_f16(float x) {
+#if defined(__F16C__)
+  return {uint16_t(_cvtss_sh(x, _MM_FROUND_TO_NEAREST_INT))};
+#else
+  uint32_t bits;
+  std::memcpy(&bits, &x, 4);
+  const uint16_t sign = uint16_t((bits >> 16) & 0x8000);
+  bits &= 0x7fffffff;
+  if (bits > 0x7f800000) return {uint16_t(sign | 0x7e00)};
+  if (bits >= 0x477ff000) return {uint16_t(sign | 0x7c00)};  // rounds to 65536 or more
+  if (bits < 0x38800000) {  // denormal in f16: let the addition of 0.5 round at the right bit
+    float value;
+    std::memcpy(&value, &bits, 4);
+    value += 0.5f;
+    std::memcpy(&bits, &value, 4);
+    return {uint16_t(sign | uint16_t(bits - 0x3f000000))};
+  }
+  bits += 0xfff + ((bits >> 13) & 1);
+  return {uint16_t(sign | uint16_t((bits - 0x38000000) >> 13))};
+#endif
+}
+
+template <class R, class T>
+MAMBA_INLINE R to_real(T x) {
+  if constexpr (sizeof(T) == sizeof(double))
+    return R(x);
+  else
+    return R(to_float(x));
+}
+template <class T, class R>
+MAMBA_INLINE T from_real(R x) {
+  if constexpr (sizeof(T) >= sizeof(float))
+    return T(x);
+  else if constexpr (__is_same(T, bf16))
+    return to_bf16(float(x));
+  else
+    return to_f16(float(x));
+}
+
+template <class R, class T>
+MAMBA_INLINE void load_row(R* dst, const T* src, int64_t n) {
+  int64_t i = 0;
+#if defined(__AVX512F__)
+  if constexpr (__is_same(T, f16) && __is_same(R, float))
+    for (; i + 16 <= n; i += 16)
+      _mm512_storeu_ps(dst + i, _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)(src + i))));
+#elif defined(__F16C__)
+  if constexpr (__is_same(T, f16) && __is_same(R, float))
+    for (; i + 8 <= n; i += 8)
+      _mm256_storeu_ps(dst + i, _mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)(src + i))));
+#endif
+  for (; i < n; ++i) dst[i] = to_real<R>(src[i]);
+}
+template <class R, class T>
+MAMBA_INLINE void store_row(T* dst, const R* src, int64_t n) {
+  int64_t i = 0;
+#if defined(__AVX512F__)
+  if constexpr (__is_same(T, f16) && __is_same(R, float))
+    for (; i + 16 <= n; i += 16)
+      _mm256_storeu_si256((__m256i*)(dst + i), _mm512_cvtps_ph(_mm512_loadu_ps(src + i), _MM_FROUND_TO_NEAREST_INT));
+#elif defined(__F16C__)
+  if constexpr (__is_same(T, f16) && __is_same(R, float))
+    for (; i + 8 <= n; i += 8)
+      _mm_storeu_si128((__m128i*)(dst + i), _mm256_cvtps_ph(_mm256_loadu_ps(src + i), _MM_FROUND_TO_NEAREST_INT));
+#endif
+  for (; i < n; ++i) dst[i] = from_real<T>(src[i]);
+}
+
+template <class F>
+MAMBA_INLINE void with_type(DType dtype, F f) {
+  switch (dtype) {
+    case DType::f32:
+      return f((float*)nullptr);
+    case DType::f64:
+      return f((double*)nullptr);
+    case DType::bf16:
+      return f((bf16*)nullptr);
+    case DType::f16:
+      return f((f16*)nullptr);
+  }
+}
+
+}  // namespace mamba_ops::MAMBA_ISA

@@ -1,0 +1,12 @@
+// mamba_ops._C: what Python asks about the build. No tensors here: the operators go through torch.ops.
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include "build_info.h"
+
+PYBIND11_MODULE(_C, m) {
+  m.def("build_info", &mamba_ops::build_info, "Version, compiler, CUDA version and targets of this build.");
+  m.def("cpu_isa", &mamba_ops::cpu_isa, "The instruction set that the CPU kernels use now.");
+  m.def("cpu_isas", &mamba_ops::runnable_cpu_isas, "Those that this machine can run, narrowest first.");
+  m.def("set_cpu_isa", &mamba_ops::force_cpu_isa, pybind11::arg("name"), "Forces an instruction set.");
+}

@@ -1,0 +1,94 @@
+#include "kernels/causal_conv1d.h"
+
+#include "ops/dispatch.h"
+#include "ops/ops.h"
+
+namespace mamba_ops {
+
+namespace {
+
+constexpr int64_t kPieceTokens = 1024, kMaxGroups = 32;
+
+// Everything that forward and backward check, and the parameters that they share.
+struct ConvCall {
+  Checker check;
+  ConvFwd params;
+  PieceList pieces;
+  int64_t states;
+
+  ConvCall(const char* op, const Tensor& x, const Tensor& weight, const OptTensor& bias, const OptTensor& initial_state,
+           const OptTensor& seq_idx, const OptTensor& cu_seqlens, bool silu)
+      : check(op, x) {
+    const ScalarType type = check.float_type("x", x);
+    check.shape("x", x, "(b, d, l)", {-1, -1, -1});
+    const int64_t b = x.size(0), d = x.size(1), l = x.size(2);
+    check.all("weight", weight, "(d, w)", {d, -1}, {ScalarType::Float, type});
+    const int64_t w = weight.size(1);
+    check.that(w >= 2 && w <= kConvMaxWidth, "weight must be (d, w) with w in 2..4, got " + shape_of(weight));
+    if (bias) check.all("bias", *bias, "(d)", {d}, {ScalarType::Float, type});
+    states = check_sequences(check, b, l, seq_idx, cu_seqlens);
+    if (initial_state)
+      check.all("initial_state", *initial_state, cu_seqlens ? "(s, d, w - 1)" : "(b, d, w - 1)", {states, d, w - 1}, {type});
+    params = {.dims = {b, d, l, int(w), silu},
+              .x = view(x),
+              .y = {},
+              .weight = view(weight),
+              .bias = view(bias),
+              .initial_state = view(initial_state),
+              .final_state = {},
+              .pieces = {}};
+    if (check.cuda()) no_cuda_kernel(op);
+    pieces = cut(sequences(check, b, l, seq_idx, cu_seqlens), kPieceTokens, kMaxGroups);
+    params.pieces = pieces.view();
+  }
+};
+
+}  // namespace
+
+std::tuple<Tensor, Tensor> causal_conv1d_fwd(Tensor x, Tensor weight, OptTensor bias, OptTensor initial_state,
+                                             OptTensor seq_idx, OptTensor cu_seqlens, bool silu, bool return_final_state) {
+  ConvCall call("causal_conv1d", x, weight, bias, initial_state, seq_idx, cu_seqlens, silu);
+  Tensor y = torch::stable::empty_like(x);
+  Tensor final_state = return_final_state ? empty({call.states, x.size(1), weight.size(1) - 1}, x.scalar_type(), x) : none(x);
+  call.params.y = view(y);
+  if (return_final_state) call.params.final_state = view(final_state);
+  by_arithmetic(x.scalar_type(), [&]<class R>() {
+    const Kernels<R>& k = cpu().kernels<R>();
+    for_units(k.causal_conv1d_units(call.params.dims, call.params.pieces), k.causal_conv1d_scratch(),
+              [&](int64_t begin, int64_t end, void* memory) { k.causal_conv1d_fwd(call.params, begin, end, memory); });
+  });
+  return {y, final_state};
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> causal_conv1d_bwd(Tensor dy, OptTensor dfinal_state, Tensor x, Tensor weight,
+                                                             OptTensor bias, OptTensor initial_state, OptTensor seq_idx,
+                                                             OptTensor cu_seqlens, bool silu) {
+  ConvCall call("causal_conv1d backward", x, weight, bias, initial_state, seq_idx, cu_seqlens, silu);
+  const ConvDims& dims = call.params.dims;
+  call.check.all("dy", dy, "(b, d, l)", {dims.b, dims.d, dims.l}, {x.scalar_type()});
+  if (dfinal_state)
+    call.check.all("dfinal_state", *dfinal_state, "(b, d, w - 1)", {call.states, dims.d, dims.w - 1}, {x.scalar_type()});
+  Tensor dx = torch::stable::empty_like(x), dweight = torch::stable::empty_like(weight);
+  Tensor dbias = bias ? torch::stable::empty_like(*bias) : none(x);
+  Tensor dinitial = initial_state ? torch::stable::empty_like(*initial_state) : none(x);
+  // Rows that no token reaches (an empty sequence between others keeps its row: it is a piece of its own).
+  ConvBwd params{.fwd = call.params,
+                 .dy = view(dy),
+                 .dx = view(dx),
+                 .dweight = view(dweight),
+                 .dbias = bias ? view(dbias) : View{},
+                 .dfinal = view(dfinal_state),
+                 .dinitial = initial_state ? view(dinitial) : View{},
+                 .partial = nullptr};
+  const Tensor partial = empty({params.fwd.pieces.groups, dims.w + 1, padded(dims.d)}, arithmetic_type(x.scalar_type()), x);
+  params.partial = partial.data_ptr();
+  by_arithmetic(x.scalar_type(), [&]<class R>() {
+    const Kernels<R>& k = cpu().kernels<R>();
+    for_units(k.causal_conv1d_units(dims, params.fwd.pieces), k.causal_conv1d_scratch(),
+              [&](int64_t begin, int64_t end, void* memory) { k.causal_conv1d_bwd(params, begin, end, memory); });
+    k.causal_conv1d_reduce(params);
+  });
+  return {dx, dweight, dbias, dinitial};
+}
+
+}  // namespace mamba_ops

@@ -1,0 +1,39 @@
+// Every schema of torch.ops.mamba_ops. Letters: b batch, l length, d channels, h heads, p head dim, n state, g groups,
+// w conv width, s sequences in a pack. Absent outputs have 0 elements.
+#include <torch/csrc/stable/library.h>
+
+#include "ops/dispatch.h"
+#include "ops/ops.h"
+
+STABLE_TORCH_LIBRARY(mamba_ops, m) {
+  // x (b,d,l); weight (d,w); bias (d); states (b or s, d, w-1)
+  m.def(
+      "causal_conv1d_fwd(Tensor x, Tensor weight, Tensor? bias, Tensor? initial_state, Tensor? seq_idx, "
+      "Tensor? cu_seqlens, bool silu, bool return_final_state) -> (Tensor y, Tensor final_state)");
+  m.def(
+      "causal_conv1d_bwd(Tensor dy, Tensor? dfinal_state, Tensor x, Tensor weight, Tensor? bias, "
+      "Tensor? initial_state, Tensor? seq_idx, Tensor? cu_seqlens, bool silu) -> "
+      "(Tensor dx, Tensor dweight, Tensor dbias, Tensor dinitial_state)");
+}
+
+namespace mamba_ops {
+
+void no_cuda_kernel(const char* op) {
+#ifdef USE_CUDA
+  fail(op, "has no CUDA kernel in this version; move the tensors to the CPU");
+#else
+  fail(op, "got CUDA tensors, but mamba_ops was built without CUDA; run `python -m mamba_ops doctor` to see why, then "
+           "reinstall with MAMBA_OPS_WITH_CUDA=ON (nvcc on the PATH) or MAMBA_OPS_WITH_CUDA=WHEEL (nvcc from PyPI)");
+#endif
+}
+
+}  // namespace mamba_ops
+
+// One host function serves both devices.
+#define MAMBA_IMPL(name) m.impl(#name, TORCH_BOX(&mamba_ops::name))
+#define MAMBA_IMPL_ALL          \
+  MAMBA_IMPL(causal_conv1d_fwd); \
+  MAMBA_IMPL(causal_conv1d_bwd)
+
+STABLE_TORCH_LIBRARY_IMPL(mamba_ops, CPU, m) { MAMBA_IMPL_ALL; }
+STABLE_TORCH_LIBRARY_IMPL(mamba_ops, CUDA, m) { MAMBA_IMPL_ALL; }

@@ -1,0 +1,15 @@
+// The host functions behind torch.ops.mamba_ops: one per schema of library.cpp, for CPU and CUDA tensors alike.
+#pragma once
+#include <tuple>
+
+#include "ops/check.h"
+
+namespace mamba_ops {
+
+std::tuple<Tensor, Tensor> causal_conv1d_fwd(Tensor x, Tensor weight, OptTensor bias, OptTensor initial_state,
+                                             OptTensor seq_idx, OptTensor cu_seqlens, bool silu, bool return_final_state);
+std::tuple<Tensor, Tensor, Tensor, Tensor> causal_conv1d_bwd(Tensor dy, OptTensor dfinal_state, Tensor x, Tensor weight,
+                                                             OptTensor bias, OptTensor initial_state, OptTensor seq_idx,
+                                                             OptTensor cu_seqlens, bool silu);
+
+}  // namespace mamba_ops

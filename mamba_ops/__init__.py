@@ -1,0 +1,6 @@
+"""The Mamba-1 selective scan and the Mamba-2 chunked SSD as torch operators with C++ and CUDA kernels."""
+
+import torch  # noqa: F401  loads libtorch, which libmamba_ops.so finds by its soname
+
+from . import _C
+from .causal_conv1d import causal_conv1d

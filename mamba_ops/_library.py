@@ -1,0 +1,53 @@
+"""What the operator modules share: autocast registration and small argument helpers."""
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+_library = torch.library.Library("mamba_ops", "FRAGMENT")
+
+
+def register_autocast(name: str, positions: Iterable[int]) -> None:
+    """Under ``torch.autocast`` casts the arguments at `positions` to its dtype; parameters and states keep theirs.
+
+    ``torch.library.register_autocast`` would cast every floating-point argument, decay rates and states included.
+    """
+    op = getattr(torch.ops.mamba_ops, name).default
+    chosen = frozenset(positions)
+
+    def register(device: str) -> None:
+        def kernel(*args: Any) -> Any:
+            dtype = torch.get_autocast_dtype(device)
+            cast = [_lower(a, dtype) if i in chosen else a for i, a in enumerate(args)]
+            with torch.autocast(device, enabled=False):
+                return op(*cast)
+
+        _library.impl(name, kernel, f"Autocast{device.upper()}")
+
+    register("cpu")
+    register("cuda")
+
+
+def _lower(arg: Any, dtype: torch.dtype) -> Any:
+    if isinstance(arg, Tensor) and arg.is_floating_point() and arg.dtype != torch.float64:
+        return arg.to(dtype)
+    return arg
+
+
+def arithmetic_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype of states and sums for inputs of `dtype`: float64 for float64, else float32."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def is_silu(op: str, activation: str | None) -> bool:
+    """True for "silu" and its other name "swish", False for None; anything else is refused."""
+    if activation not in (None, "silu", "swish"):
+        raise ValueError(f'{op}: activation must be None, "silu" or "swish", got {activation!r}')
+    return activation is not None
+
+
+def state_rows(b: int, cu_seqlens: Tensor | None) -> int:
+    """Rows of the states of a call: one per batch row, or per packed sequence."""
+    return b if cu_seqlens is None else cu_seqlens.shape[0] - 1
