@@ -2,5 +2,6 @@
 
 import torch  # noqa: F401  loads libtorch, which libmamba_ops.so finds by its soname
 
-from . import _C
+from . import _C, reference
 from .causal_conv1d import causal_conv1d
+from .selective_scan import selective_scan

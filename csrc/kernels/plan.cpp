@@ -47,7 +47,7 @@ PieceList cut(const std::vector<Run>& runs, int64_t max_tokens, int64_t max_grou
   for (const Run& run : runs) {
     int64_t begin = run.begin;
     do {
-      const int64_t end = std::min(run.end, begin + max_tokens);
+      const int64_t end = std::min(run.end, (begin / max_tokens + 1) * max_tokens);
       list.pieces.push_back({run.row, begin, end, run.begin, run.end, begin == run.begin ? run.state_in : -1,
                              end == run.end ? run.state_out : -1});
       begin = end;

@@ -2,8 +2,6 @@
 // never from the number of threads, so that results are bitwise the same on any machine of one instruction set.
 #pragma once
 #include <cstdint>
-#include <string>
-#include <utility>
 #include <vector>
 
 #include "kernels/view.h"
@@ -32,11 +30,8 @@ struct PieceList {
   Pieces view() const { return {pieces.data(), group.data(), int64_t(group.size()) - 1}; }
 };
 
-// Cuts every run into pieces of at most `max_tokens` tokens and deals them, in order, into at most `max_groups` groups of
-// about equally many tokens.
+// Cuts every run at the multiples of `max_tokens` of its row and deals the pieces, in order, into at most `max_groups` groups
+// of about equally many tokens.
 PieceList cut(const std::vector<Run>& runs, int64_t max_tokens, int64_t max_groups);
-
-// What a call would run, for people: (name, value) pairs. Sizes by their letters; missing ones count as 1.
-using Sizes = std::vector<std::pair<std::string, int64_t>>;
 
 }  // namespace mamba_ops

@@ -14,6 +14,17 @@ STABLE_TORCH_LIBRARY(mamba_ops, m) {
       "causal_conv1d_bwd(Tensor dy, Tensor? dfinal_state, Tensor x, Tensor weight, Tensor? bias, "
       "Tensor? initial_state, Tensor? seq_idx, Tensor? cu_seqlens, bool silu) -> "
       "(Tensor dx, Tensor dweight, Tensor dbias, Tensor dinitial_state)");
+
+  // u, delta, z (b,d,l); A (d,n); B, C (b,g,n,l) or (d,n); D, delta_bias (d); states (b or s, d, n)
+  m.def(
+      "selective_scan_fwd(Tensor u, Tensor delta, Tensor A, Tensor B, Tensor C, Tensor? D, Tensor? z, "
+      "Tensor? delta_bias, Tensor? initial_state, Tensor? seq_idx, Tensor? cu_seqlens, bool delta_softplus, "
+      "bool return_final_state, bool save_checkpoints) -> (Tensor y, Tensor final_state, Tensor checkpoints)");
+  m.def(
+      "selective_scan_bwd(Tensor dy, Tensor? dfinal_state, Tensor u, Tensor delta, Tensor A, Tensor B, Tensor C, "
+      "Tensor? D, Tensor? z, Tensor? delta_bias, Tensor? initial_state, Tensor? seq_idx, Tensor? cu_seqlens, "
+      "Tensor checkpoints, bool delta_softplus) -> (Tensor du, Tensor ddelta, Tensor dA, Tensor dB, Tensor dC, "
+      "Tensor dD, Tensor dz, Tensor ddelta_bias, Tensor dinitial_state)");
 }
 
 namespace mamba_ops {
@@ -33,7 +44,9 @@ void no_cuda_kernel(const char* op) {
 #define MAMBA_IMPL(name) m.impl(#name, TORCH_BOX(&mamba_ops::name))
 #define MAMBA_IMPL_ALL          \
   MAMBA_IMPL(causal_conv1d_fwd); \
-  MAMBA_IMPL(causal_conv1d_bwd)
+  MAMBA_IMPL(causal_conv1d_bwd); \
+  MAMBA_IMPL(selective_scan_fwd); \
+  MAMBA_IMPL(selective_scan_bwd)
 
 STABLE_TORCH_LIBRARY_IMPL(mamba_ops, CPU, m) { MAMBA_IMPL_ALL; }
 STABLE_TORCH_LIBRARY_IMPL(mamba_ops, CUDA, m) { MAMBA_IMPL_ALL; }

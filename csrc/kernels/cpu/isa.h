@@ -5,6 +5,7 @@
 #include <vector>
 
 #include "kernels/causal_conv1d.h"
+#include "kernels/selective_scan.h"
 
 namespace mamba_ops {
 
@@ -16,6 +17,16 @@ struct Kernels {
   void (*causal_conv1d_fwd)(const ConvFwd&, int64_t begin, int64_t end, void* scratch);
   void (*causal_conv1d_bwd)(const ConvBwd&, int64_t begin, int64_t end, void* scratch);
   void (*causal_conv1d_reduce)(const ConvBwd&);
+
+  int64_t (*selective_scan_units)(const ScanDims&, const Pieces&);
+  int64_t (*selective_scan_fwd_scratch)(const ScanDims&);
+  int64_t (*selective_scan_bwd_scratch)(const ScanDims&);
+  void (*selective_scan_fwd)(const ScanFwd&, int64_t begin, int64_t end, void* scratch);
+  void (*selective_scan_bwd)(const ScanBwd&, int64_t begin, int64_t end, void* scratch);
+  void (*selective_scan_combine)(const ScanFwd&, R* states, const R* ends, bool reverse, int64_t begin, int64_t end);
+  int64_t (*selective_scan_reduce_units)(const ScanDims&);
+  int64_t (*selective_scan_channel_blocks)(const ScanDims&);
+  void (*selective_scan_reduce)(const ScanBwd&, int64_t begin, int64_t end);
 };
 
 struct CpuTable {

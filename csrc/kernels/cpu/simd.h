@@ -4,6 +4,7 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <initializer_list>
 
 #if defined(__x86_64__)
 #include <immintrin.h>
@@ -136,6 +137,30 @@ MAMBA_INLINE Vec<double> log1p_unit(Vec<double> x) {
   return each_lane<double>(x, [](double v) { return ::log1p(v); });
 }
 
+// sin and cos, by three-part reduction to |r| <= pi/4; large arguments lane by lane.
+MAMBA_INLINE void sincos(Vec<float> x, Vec<float>& sin, Vec<float>& cos) {
+  const Vec<float> size = max(x, Vec<float>(-x)), magic = splat(12582912.f);
+  bool large = false;
+  for (int i = 0; i < kWidth<float>; ++i) large |= !(size[i] < 8192.f);
+  if (large) {
+    sin = each_lane<float>(x, [](float v) { return ::sinf(v); });
+    cos = each_lane<float>(x, [](float v) { return ::cosf(v); });
+    return;
+  }
+  const Vec<float> shifted = x * 0.636619772f + magic, q = shifted - magic;
+  const IntVec<float> quadrant = (IntVec<float>)shifted;
+  const Vec<float> r = ((x - q * 1.5703125f) - q * 4.83751296997e-4f) - q * 7.54978995489e-8f, s = r * r;
+  const Vec<float> sr = r + r * s * (-1.6666654611e-1f + s * (8.3321608736e-3f + s * -1.9515295891e-4f));
+  const Vec<float> cr = 1.f - 0.5f * s + s * s * (4.166664568298827e-2f + s * (-1.388731625493765e-3f + s * 2.443315711809948e-5f));
+  const Vec<float> sq = (quadrant & 1) != 0 ? cr : sr, cq = (quadrant & 1) != 0 ? sr : cr;
+  sin = (quadrant & 2) != 0 ? -sq : sq;
+  cos = ((quadrant + 1) & 2) != 0 ? -cq : cq;
+}
+MAMBA_INLINE void sincos(Vec<double> x, Vec<double>& sin, Vec<double>& cos) {
+  sin = each_lane<double>(x, [](double v) { return ::sin(v); });
+  cos = each_lane<double>(x, [](double v) { return ::cos(v); });
+}
+
 template <class R>
 MAMBA_INLINE Vec<R> softplus(Vec<R> v) {
   const Vec<R> zero = {}, pos = v > zero ? v : zero, neg = v > zero ? -v : v;
@@ -234,32 +259,59 @@ MAMBA_INLINE T from_real(R x) {
     return to_f16(float(x));
 }
 
+// A vector of R from, and to, as many values of the storage type T.
+typedef uint16_t HalfWords __attribute__((vector_size(kVecBytes / 2), aligned(2), may_alias));
+
+template <class R, class T>
+MAMBA_INLINE Vec<R> load_as(const T* p) {
+  if constexpr (__is_same(R, T)) {
+    return load<R>(p);
+  } else if constexpr (__is_same(R, float) && __is_same(T, bf16)) {
+    const HalfWords bits = *reinterpret_cast<const HalfWords*>(p);
+    return (Vec<float>)(__builtin_convertvector(bits, IntVec<float>) << 16);
+#if defined(__AVX512F__)
+  } else if constexpr (__is_same(R, float) && __is_same(T, f16)) {
+    return (Vec<float>)_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)p));
+#elif defined(__F16C__)
+  } else if constexpr (__is_same(R, float) && __is_same(T, f16)) {
+    return (Vec<float>)_mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)p));
+#endif
+  } else {
+    Vec<R> v;
+    for (int i = 0; i < kWidth<R>; ++i) v[i] = to_real<R>(p[i]);
+    return v;
+  }
+}
+template <class R, class T>
+MAMBA_INLINE void store_as(T* p, Vec<R> v) {
+  if constexpr (__is_same(R, T)) {
+    store<R>(p, v);
+  } else if constexpr (__is_same(R, float) && __is_same(T, bf16)) {
+    const IntVec<float> bits = (IntVec<float>)v;
+    const IntVec<float> rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
+    *reinterpret_cast<HalfWords*>(p) = __builtin_convertvector(v != v ? IntVec<float>{} + 0x7fc0 : rounded, HalfWords);
+#if defined(__AVX512F__)
+  } else if constexpr (__is_same(R, float) && __is_same(T, f16)) {
+    _mm256_storeu_si256((__m256i*)p, _mm512_cvtps_ph((__m512)v, _MM_FROUND_TO_NEAREST_INT));
+#elif defined(__F16C__)
+  } else if constexpr (__is_same(R, float) && __is_same(T, f16)) {
+    _mm_storeu_si128((__m128i*)p, _mm256_cvtps_ph((__m256)v, _MM_FROUND_TO_NEAREST_INT));
+#endif
+  } else {
+    for (int i = 0; i < kWidth<R>; ++i) p[i] = from_real<T>(v[i]);
+  }
+}
+
 template <class R, class T>
 MAMBA_INLINE void load_row(R* dst, const T* src, int64_t n) {
   int64_t i = 0;
-#if defined(__AVX512F__)
-  if constexpr (__is_same(T, f16) && __is_same(R, float))
-    for (; i + 16 <= n; i += 16)
-      _mm512_storeu_ps(dst + i, _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)(src + i))));
-#elif defined(__F16C__)
-  if constexpr (__is_same(T, f16) && __is_same(R, float))
-    for (; i + 8 <= n; i += 8)
-      _mm256_storeu_ps(dst + i, _mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)(src + i))));
-#endif
+  for (; i + kWidth<R> <= n; i += kWidth<R>) store<R>(dst + i, load_as<R>(src + i));
   for (; i < n; ++i) dst[i] = to_real<R>(src[i]);
 }
 template <class R, class T>
 MAMBA_INLINE void store_row(T* dst, const R* src, int64_t n) {
   int64_t i = 0;
-#if defined(__AVX512F__)
-  if constexpr (__is_same(T, f16) && __is_same(R, float))
-    for (; i + 16 <= n; i += 16)
-      _mm256_storeu_si256((__m256i*)(dst + i), _mm512_cvtps_ph(_mm512_loadu_ps(src + i), _MM_FROUND_TO_NEAREST_INT));
-#elif defined(__F16C__)
-  if constexpr (__is_same(T, f16) && __is_same(R, float))
-    for (; i + 8 <= n; i += 8)
-      _mm_storeu_si128((__m128i*)(dst + i), _mm256_cvtps_ph(_mm256_loadu_ps(src + i), _MM_FROUND_TO_NEAREST_INT));
-#endif
+  for (; i + kWidth<R> <= n; i += kWidth<R>) store_as<R>(dst + i, load<R>(src + i));
   for (; i < n; ++i) dst[i] = from_real<T>(src[i]);
 }
 

@@ -83,6 +83,22 @@ void load_tile(R* dst, int64_t ld, const View& src, int64_t offset, int64_t rows
   });
 }
 
+// Asks for share `part` of `parts` of the cache lines of a tile that a later load_tile or store_tile will want: rows of a
+// strided tensor are too short for the hardware to see them coming.
+inline void prefetch_tile(const View& v, int64_t offset, int64_t rows, int64_t row_stride, int64_t cols, int64_t col_stride,
+                          int64_t part, int64_t parts) {
+  if (!v) return;
+  const int64_t size = v.dtype == DType::f64 ? 8 : v.dtype == DType::f32 ? 4 : 2;
+  if (row_stride == 1) {
+    const int64_t swap = rows;
+    rows = cols, cols = swap;
+    row_stride = col_stride;
+  }
+  const char* base = static_cast<const char*>(v.data) + offset * size;
+  for (int64_t i = rows * part / parts; i < rows * (part + 1) / parts; ++i)
+    for (int64_t byte = 0; byte < cols * size; byte += 64) __builtin_prefetch(base + i * row_stride * size + byte, 0, 3);
+}
+
 // dst(i, j) = src[i * ld + j]; the counterpart of load_tile. src has padded(cols) readable columns.
 template <class R>
 void store_tile(const View& dst, int64_t offset, int64_t rows, int64_t row_stride, int64_t cols, int64_t col_stride,

@@ -1,11 +1,19 @@
 // The CPU kernels for one instruction set: compiled with its flags and its name in MAMBA_ISA.
 #include "kernels/cpu/causal_conv1d.h"
 #include "kernels/cpu/isa.h"
+#include "kernels/cpu/selective_scan_bwd.h"
+#include "kernels/cpu/selective_scan_fwd.h"
 
 #define MAMBA_STRING_(x) #x
 #define MAMBA_STRING(x) MAMBA_STRING_(x)
 
 namespace mamba_ops::MAMBA_ISA {
+
+// Compiled in variant_scan.cpp.
+extern template void selective_scan_fwd<float>(const ScanFwd&, int64_t, int64_t, void*);
+extern template void selective_scan_fwd<double>(const ScanFwd&, int64_t, int64_t, void*);
+extern template void selective_scan_bwd<float>(const ScanBwd&, int64_t, int64_t, void*);
+extern template void selective_scan_bwd<double>(const ScanBwd&, int64_t, int64_t, void*);
 
 template <class R>
 constexpr Kernels<R> kernels() {
@@ -15,6 +23,15 @@ constexpr Kernels<R> kernels() {
       .causal_conv1d_fwd = causal_conv1d_fwd<R>,
       .causal_conv1d_bwd = causal_conv1d_bwd<R>,
       .causal_conv1d_reduce = causal_conv1d_reduce<R>,
+      .selective_scan_units = selective_scan_units<R>,
+      .selective_scan_fwd_scratch = selective_scan_fwd_scratch<R>,
+      .selective_scan_bwd_scratch = selective_scan_bwd_scratch<R>,
+      .selective_scan_fwd = selective_scan_fwd<R>,
+      .selective_scan_bwd = selective_scan_bwd<R>,
+      .selective_scan_combine = selective_scan_combine<R>,
+      .selective_scan_reduce_units = selective_scan_reduce_units,
+      .selective_scan_channel_blocks = selective_scan_channel_blocks,
+      .selective_scan_reduce = selective_scan_reduce<R>,
   };
 }
 

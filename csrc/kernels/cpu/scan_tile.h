@@ -1,0 +1,239 @@
+// What the forward and the backward of the selective scan share: a unit of work, its tiles, and the recurrence itself.
+//
+// A unit owns one group of pieces and up to kScanChannels channels that share B and C. Lanes are channels. Tokens go by in
+// tiles; for each vector of channels and each block of kBlock states, the states stay in registers over a whole tile.
+// Planes: state i, part (re, im) of a buffer over states is at plane(part, i) = part * padded(n) + i.
+#pragma once
+#include "kernels/cpu/scan_state.h"
+#include "kernels/cpu/tile.h"
+#include "kernels/selective_scan.h"
+
+namespace mamba_ops::MAMBA_ISA {
+
+inline constexpr int64_t kScanChannels = 64;
+inline constexpr int64_t kScanLd = kScanChannels + kPad;  // an odd number of cache lines: rows fall into all cache sets
+template <bool kComplex>
+inline constexpr int kBlock = kComplex ? 2 : 4;
+
+// Hands out parts of the scratch; with base == nullptr it only counts.
+template <class R>
+struct Arena {
+  R* base;
+  int64_t used = 0;
+
+  R* take(int64_t count) {
+    R* p = base + used;
+    used += padded(count);
+    return p;
+  }
+};
+
+inline int64_t selective_scan_channel_blocks(const ScanDims& dims) {  // of channels, in a group
+  return (dims.d / dims.groups + kScanChannels - 1) / kScanChannels;
+}
+template <class R>
+int64_t selective_scan_units(const ScanDims& dims, const Pieces& pieces) {
+  return dims.d == 0 ? 0 : pieces.groups * dims.groups * selective_scan_channel_blocks(dims);
+}
+
+template <class R>
+struct ScanUnit {
+  int64_t pieces;           // group of pieces
+  int64_t group, block;     // of channels, and block of channels in that group
+  int64_t c0, channels, width;
+  int64_t planes;           // parts * padded(n)
+  R *A, *state;             // (planes, kScanLd): A with its real part times log2(e); the state of the tile's first token
+  R *B, *C;                 // (tokens, planes), or (planes, kScanLd) where constant
+  R *bias, *D;              // (kScanLd)
+  R *delta, *delta_u, *y;   // (tokens, kScanLd)
+
+  ScanUnit(const ScanDims& dims, int64_t tokens, Arena<R>& arena) : planes(dims.parts() * padded(dims.n)) {
+    A = arena.take(planes * kScanLd);
+    state = arena.take(planes * kScanLd);
+    B = arena.take(planes * (dims.constant_B ? kScanLd : tokens));
+    C = arena.take(planes * (dims.constant_C ? kScanLd : tokens));
+    bias = arena.take(kScanLd);
+    D = arena.take(kScanLd);
+    delta = arena.take(tokens * kScanLd);
+    delta_u = arena.take(tokens * kScanLd);
+    y = arena.take(tokens * kScanLd);
+  }
+
+  // Takes unit number `unit` and loads what is the same for all of its tokens.
+  void begin(const ScanFwd& p, int64_t unit) {
+    const ScanDims& dims = p.dims;
+    const int64_t blocks = selective_scan_channel_blocks(dims), per_group = dims.d / dims.groups;
+    block = unit % blocks;
+    group = unit / blocks % dims.groups;
+    pieces = unit / blocks / dims.groups;
+    c0 = group * per_group + block * kScanChannels;
+    channels = per_group - block * kScanChannels < kScanChannels ? per_group - block * kScanChannels : kScanChannels;
+    width = (channels + kWidth<R> - 1) / kWidth<R> * kWidth<R>;
+    load_parameter(A, dims, p.A);
+    for (int64_t i = 0; i < dims.n * kScanLd; ++i) A[i] *= kLog2e<R>;
+    if (dims.constant_B) load_parameter(B, dims, p.B);
+    if (dims.constant_C && p.C) load_parameter(C, dims, p.C);
+    load_channels(bias, p.delta_bias);
+    load_channels(D, p.D);
+  }
+
+  void clear(R* buffer) const {
+    for (int64_t i = 0; i < planes * kScanLd; ++i) buffer[i] = 0;
+  }
+  // (d, n) -> planes
+  void load_parameter(R* dst, const ScanDims& dims, const View& v) const {
+    clear(dst);
+    for (int64_t part = 0; part < dims.parts(); ++part)
+      load_tile(dst + part * padded(dims.n) * kScanLd, kScanLd, v, c0 * v.stride[0] + part, dims.n, v.stride[1], channels,
+                v.stride[0]);
+  }
+  void load_channels(R* dst, const View& v) const {
+    for (int64_t i = 0; i < kScanLd; ++i) dst[i] = 0;
+    if (v) load_tile(dst, kScanLd, v, c0 * v.stride[0], 1, 0, channels, v.stride[0]);
+  }
+  // One row of (rows, d, n, parts) <-> planes
+  static View state_view(const void* states) {
+    return {const_cast<void*>(states), sizeof(R) == sizeof(double) ? DType::f64 : DType::f32, {}};
+  }
+  void load_state(R* dst, const ScanDims& dims, const void* states, int64_t row) const {
+    clear(dst);
+    if (!states || row < 0) return;
+    const int64_t parts = dims.parts();
+    for (int64_t part = 0; part < parts; ++part)
+      load_tile(dst + part * padded(dims.n) * kScanLd, kScanLd, state_view(states),
+                ((row * dims.d + c0) * dims.n) * parts + part, dims.n, parts, channels, dims.n * parts);
+  }
+  void store_state(const ScanDims& dims, void* states, int64_t row, const R* src) const {
+    if (!states || row < 0) return;
+    const int64_t parts = dims.parts();
+    for (int64_t part = 0; part < parts; ++part)
+      store_tile(state_view(states), ((row * dims.d + c0) * dims.n) * parts + part, dims.n, parts, channels,
+                 dims.n * parts, src + part * padded(dims.n) * kScanLd, kScanLd);
+  }
+  // The state that enters token t0, a multiple of kScanCheckpoint, of a row: (b, chunks, parts, n, d) <-> planes
+  int64_t checkpoint_at(const ScanDims& dims, int64_t row, int64_t t0) const {
+    return (row * (dims.l / kScanCheckpoint) + t0 / kScanCheckpoint - 1) * dims.parts() * dims.n * dims.d + c0;
+  }
+  void store_checkpoint(const ScanFwd& p, int64_t row, int64_t t0) const {
+    for (int64_t part = 0; part < p.dims.parts(); ++part)
+      store_tile(state_view(p.checkpoints), checkpoint_at(p.dims, row, t0) + part * p.dims.n * p.dims.d, p.dims.n, p.dims.d,
+                 channels, 1, state + part * padded(p.dims.n) * kScanLd, kScanLd);
+  }
+  void load_checkpoint(const ScanFwd& p, int64_t row, int64_t t0) const {
+    clear(state);
+    for (int64_t part = 0; part < p.dims.parts(); ++part)
+      load_tile(state + part * padded(p.dims.n) * kScanLd, kScanLd, state_view(p.checkpoints),
+                checkpoint_at(p.dims, row, t0) + part * p.dims.n * p.dims.d, p.dims.n, p.dims.d, channels, 1);
+  }
+
+  // Tokens [t0, t1) of a (b, d, l) tensor <-> (tokens, kScanLd)
+  void load_tokens(R* dst, const View& v, int64_t row, int64_t t0, int64_t t1) const {
+    load_tile(dst, kScanLd, v, row * v.stride[0] + c0 * v.stride[1] + t0 * v.stride[2], t1 - t0, v.stride[2], channels,
+              v.stride[1]);
+  }
+  void store_tokens(const View& v, int64_t row, int64_t t0, int64_t t1, const R* src) const {
+    store_tile(v, row * v.stride[0] + c0 * v.stride[1] + t0 * v.stride[2], t1 - t0, v.stride[2], channels, v.stride[1], src,
+               kScanLd);
+  }
+  void prefetch_tokens(const View& v, int64_t row, int64_t t0, int64_t t1, int64_t part, int64_t parts) const {
+    if (t1 > t0)
+      prefetch_tile(v, row * v.stride[0] + c0 * v.stride[1] + t0 * v.stride[2], t1 - t0, v.stride[2], channels, v.stride[1],
+                    part, parts);
+  }
+  // Tokens [t0, t1) of B or C (b, g, n, l) -> (tokens, planes); states past n become zero.
+  void load_BC(R* dst, const ScanDims& dims, const View& v, int64_t row, int64_t t0, int64_t t1) const {
+    for (int64_t part = 0; part < dims.parts(); ++part)
+      load_tile(dst + part * padded(dims.n), planes, v, row * v.stride[0] + group * v.stride[1] + t0 * v.stride[3] + part,
+                t1 - t0, v.stride[3], dims.n, v.stride[2]);
+    const int64_t done = (dims.n + kWidth<R> - 1) / kWidth<R> * kWidth<R>;
+    for (int64_t part = 0; part < dims.parts(); ++part)
+      for (int64_t t = 0; t < t1 - t0; ++t)
+        for (int64_t i = done; i < padded(dims.n); ++i) dst[t * planes + part * padded(dims.n) + i] = 0;
+  }
+
+  // delta <- the step sizes of tokens [t0, t1), delta_u <- delta u, y <- D u; raw (if given) <- before softplus.
+  void load_steps(const ScanFwd& p, int64_t row, int64_t t0, int64_t t1, R* raw = nullptr, R* u = nullptr) {
+    load_tokens(delta, p.delta, row, t0, t1);
+    load_tokens(u ? u : delta_u, p.u, row, t0, t1);
+    for (int64_t t = 0; t < t1 - t0; ++t)
+      for (int64_t v = 0; v < width; v += kWidth<R>) {
+        const int64_t at = t * kScanLd + v;
+        const Vec<R> before = load<R>(delta + at) + load<R>(bias + v);
+        const Vec<R> dt = p.dims.softplus ? softplus<R>(before) : before, x = load<R>((u ? u : delta_u) + at);
+        if (raw) store<R>(raw + at, before);
+        store<R>(delta + at, dt);
+        store<R>(delta_u + at, dt * x);
+        store<R>(y + at, load<R>(D + v) * x);
+      }
+  }
+};
+
+// B or C of one state block: one value per token for all lanes, or one per lane for all tokens.
+template <class R, bool kComplex, bool kConstant>
+struct Factor {
+  const R* p;
+  int64_t row, plane, step;  // from token to token, from re to im, from state to state
+
+  Factor(const R* buffer, const ScanUnit<R>& unit, int64_t state, int64_t v)
+      : p(kConstant ? buffer + state * kScanLd + v : buffer + state),
+        row(kConstant ? 0 : unit.planes),
+        plane(kConstant ? unit.planes / 2 * kScanLd : unit.planes / 2),
+        step(kConstant ? kScanLd : 1) {}
+
+  MAMBA_INLINE State<R, kComplex> at(int64_t t, int i) const {
+    using S = State<R, kComplex>;
+    if constexpr (kConstant)
+      return mamba_ops::MAMBA_ISA::load_state<S, R>(p + i * step, plane);
+    else
+      return splat_state<S, R>(p + t * row + i, plane);
+  }
+};
+
+// The recurrence over a tile for kBlock states of one vector of channels. kOutput: y += k Re(C h). kKeep: a_t and h_t of
+// every token go to `kept`, for the backward: [t][a, h][state].
+template <class R, bool kComplex, bool kConstB, bool kConstC, bool kOutput, bool kKeep>
+MAMBA_INLINE void scan_block(const ScanUnit<R>& unit, int64_t tokens, int64_t state0, int64_t v,
+                             State<R, kComplex>* kept = nullptr) {
+  using S = State<R, kComplex>;
+  constexpr int ni = kBlock<kComplex>;
+  const int64_t plane = unit.planes / 2 * kScanLd;
+  const Factor<R, kComplex, kConstB> B(unit.B, unit, state0, v);
+  const Factor<R, kComplex, kConstC> C(unit.C, unit, state0, v);
+  S A[ni], h[ni];
+  for (int i = 0; i < ni; ++i) {
+    A[i] = load_state<S, R>(unit.A + (state0 + i) * kScanLd + v, plane);
+    h[i] = load_state<S, R>(unit.state + (state0 + i) * kScanLd + v, plane);
+  }
+  for (int64_t t = 0; t < tokens; ++t) {
+    const Vec<R> dt = load<R>(unit.delta + t * kScanLd + v), dtu = load<R>(unit.delta_u + t * kScanLd + v);
+    Vec<R> out = {};
+    for (int i = 0; i < ni; ++i) {
+      const S a = decay<R>(dt, A[i]);
+      h[i] = mul_add<R>(a, h[i], dtu, B.at(t, i));
+      if constexpr (kOutput) out = add_re_mul<R>(out, C.at(t, i), h[i]);
+      if constexpr (kKeep) {
+        kept[2 * ni * t + i] = a;
+        kept[2 * ni * t + ni + i] = h[i];
+      }
+    }
+    if constexpr (kOutput) {
+      R* y = unit.y + t * kScanLd + v;
+      store<R>(y, load<R>(y) + (kComplex ? R(2) : R(1)) * out);
+    }
+  }
+  for (int i = 0; i < ni; ++i) store_state<R>(unit.state + (state0 + i) * kScanLd + v, plane, h[i]);
+}
+
+// f.template operator()<kComplex, kConstB, kConstC>() for what the call has.
+template <class F>
+MAMBA_INLINE void with_kinds(const ScanDims& dims, F f) {
+  const auto with_C = [&]<bool kComplex, bool kConstB>() {
+    dims.constant_C ? f.template operator()<kComplex, kConstB, true>() : f.template operator()<kComplex, kConstB, false>();
+  };
+  const auto with_B = [&]<bool kComplex>() {
+    dims.constant_B ? with_C.template operator()<kComplex, true>() : with_C.template operator()<kComplex, false>();
+  };
+  dims.complex ? with_B.template operator()<true>() : with_B.template operator()<false>();
+}
+
+}  // namespace mamba_ops::MAMBA_ISA

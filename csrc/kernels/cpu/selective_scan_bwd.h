@@ -1,0 +1,367 @@
+// Selective scan, backward (conj is the identity for a real scan):
+//
+//   lambda_t = k conj(C_t) go_t + conj(a_{t+1}) lambda_{t+1}          dh0 = conj(a_0) lambda_0
+//   dC_t = k go_t conj(h_t)   dB_t = delta_t u_t lambda_t             e_t = a_t h_{t-1}
+//   s_t = sum_i Re(conj(B_t) lambda_t)                                du_t = delta_t s_t + D go_t
+//   ddelta_t = (u_t s_t + sum_i Re(conj(A e_t) lambda_t)) softplus'   dA = sum_t delta_t conj(e_t) lambda_t
+//   go = dy silu(z);  dz = dy o silu'(z);  dD = sum_t go_t u_t;  dbias = sum_t ddelta_t
+//
+// Units, lanes and tiles: scan_tile.h, with tiles of kScanCheckpoint tokens taken right to left. A tile starts from its
+// checkpoint; for every block of states the recurrence runs forward once more, keeping a_t and h_t of the tile, and then
+// backward with lambda in registers. Sums over channels (dB, dC) are taken across lanes tile by tile into one partial
+// per block of channels; sums over tokens (dA, dD, dbias) into one partial per group of pieces; a second pass adds the partials in order.
+#pragma once
+#include "kernels/cpu/scan_tile.h"
+
+namespace mamba_ops::MAMBA_ISA {
+
+// Lane sums of kCount vectors at once, packed: value i ends in lanes [i, i + 1) * kWidth / kCount, not yet added up there.
+template <int kBlockSize, int kCount, class R>
+MAMBA_INLINE Vec<R> pack_sums(Vec<R>* v) {
+  if constexpr (kCount == 1) {
+    return v[0];
+  } else {
+    constexpr int w = kWidth<R>;
+    IntVec<R> low, high;
+    for (int j = 0; j < w; ++j) {
+      low[j] = j & kBlockSize ? j - kBlockSize + w : j;
+      high[j] = j & kBlockSize ? j + w : j + kBlockSize;
+    }
+    for (int i = 0; i < kCount / 2; ++i)
+      v[i] = __builtin_shuffle(v[i], v[i + kCount / 2], low) + __builtin_shuffle(v[i], v[i + kCount / 2], high);
+    return pack_sums<kBlockSize / 2, kCount / 2, R>(v);
+  }
+}
+
+// How the sums over channels of one state block are packed: kVecs vectors of kPer sums each.
+template <class R>
+struct Packing {
+  static constexpr int kSums = 4;  // kBlock states times parts
+  static constexpr int kPer = kSums < kWidth<R> ? kSums : kWidth<R>;
+  static constexpr int kVecs = kSums / kPer;
+};
+
+template <class R, bool kComplex>
+MAMBA_INLINE void add_packed(R* to, State<R, kComplex>* s) {
+  Vec<R> v[Packing<R>::kSums];
+  constexpr int ni = kBlock<kComplex>;
+  for (int i = 0; i < ni; ++i) {
+    v[i] = s[i].re;
+    if constexpr (kComplex) v[ni + i] = s[i].im;
+  }
+  for (int k = 0; k < Packing<R>::kVecs; ++k) {
+    const Vec<R> sum = pack_sums<kWidth<R> / 2, Packing<R>::kPer, R>(v + k * Packing<R>::kPer);
+    store<R>(to + k * kWidth<R>, load<R>(to + k * kWidth<R>) + sum);
+  }
+}
+
+template <class R>
+struct ScanBackward {
+  ScanUnit<R> unit;
+  R *raw, *u, *z, *go, *s, *ddelta;  // (tokens, kScanLd)
+  R *lambda, *dA, *dB, *dC;          // (planes, kScanLd); dB, dC where constant
+  R *dD, *dbias;                     // (kScanLd)
+  R *packed_B, *packed_C;            // (tokens, packs) vectors: sums over the channels of the unit, packed
+  R* sums;                           // (tokens, planes): unpacked
+  R* kept;                           // a_t, h_t of a block of states over a tile
+  int64_t packs;                     // vectors per token in packed_B
+
+  ScanBackward(const ScanDims& dims, Arena<R>& arena)
+      : unit(dims, kScanCheckpoint, arena),
+        packs((dims.n * dims.parts() + Packing<R>::kSums - 1) / Packing<R>::kSums * Packing<R>::kVecs) {
+    for (R** buffer : {&raw, &u, &z, &go, &s, &ddelta}) *buffer = arena.take(kScanCheckpoint * kScanLd);
+    for (R** buffer : {&lambda, &dA}) *buffer = arena.take(unit.planes * kScanLd);
+    dB = arena.take(dims.constant_B ? unit.planes * kScanLd : 0);
+    dC = arena.take(dims.constant_C ? unit.planes * kScanLd : 0);
+    for (R** buffer : {&dD, &dbias}) *buffer = arena.take(kScanLd);
+    packed_B = arena.take(dims.constant_B ? 0 : kScanCheckpoint * packs * kWidth<R>);
+    packed_C = arena.take(dims.constant_C ? 0 : kScanCheckpoint * packs * kWidth<R>);
+    sums = arena.take(kScanCheckpoint * unit.planes);
+    kept = arena.take(kScanCheckpoint * 2 * 4 * kWidth<R>);
+  }
+
+  // The reversed recurrence over a tile for kBlock states of one vector of channels.
+  template <bool kComplex, bool kConstB, bool kConstC>
+  MAMBA_INLINE void reverse_block(int64_t tokens, int64_t state0, int64_t v, const State<R, kComplex>* h0) {
+    using S = State<R, kComplex>;
+    constexpr int ni = kBlock<kComplex>;
+    const R k = kComplex ? 2 : 1;
+    const int64_t plane = unit.planes / 2 * kScanLd, at0 = state0 * kScanLd + v;
+    const Factor<R, kComplex, kConstB> B(unit.B, unit, state0, v);
+    const Factor<R, kComplex, kConstC> C(unit.C, unit, state0, v);
+    const S* keep = reinterpret_cast<const S*>(kept);
+    const int64_t pack = state0 / ni * Packing<R>::kVecs * kWidth<R>;
+    S A[ni], lam[ni], gA[ni], gB[ni], gC[ni];
+    for (int i = 0; i < ni; ++i) {
+      A[i] = load_state<S, R>(unit.A + at0 + i * kScanLd, plane);
+      A[i].re *= R(1) / kLog2e<R>;
+      lam[i] = load_state<S, R>(lambda + at0 + i * kScanLd, plane);
+      gA[i] = load_state<S, R>(dA + at0 + i * kScanLd, plane);
+      if constexpr (kConstB) gB[i] = load_state<S, R>(dB + at0 + i * kScanLd, plane);
+      if constexpr (kConstC) gC[i] = load_state<S, R>(dC + at0 + i * kScanLd, plane);
+    }
+    for (int64_t t = tokens - 1; t >= 0; --t) {
+      const int64_t at = t * kScanLd + v;
+      const Vec<R> g = k * load<R>(go + at), dt = load<R>(unit.delta + at), dtu = load<R>(unit.delta_u + at);
+      Vec<R> st = {}, gdt = {};
+      for (int i = 0; i < ni; ++i) {
+        const S a = keep[2 * ni * t + i], h = keep[2 * ni * t + ni + i];
+        const S before = t > 0 ? keep[2 * ni * (t - 1) + ni + i] : h0[i];
+        lam[i] = add_conj<R>(lam[i], g, C.at(t, i));
+        if constexpr (kConstC)
+          gC[i] = add_conj<R>(gC[i], g, h);
+        else
+          gC[i] = scale<R>(g, conj<R>(h));
+        if constexpr (kConstB)
+          gB[i] = add_scaled<R>(gB[i], dtu, lam[i]);
+        else
+          gB[i] = scale<R>(dtu, lam[i]);
+        st = add_re_conj_mul<R>(st, B.at(t, i), lam[i]);
+        const S el = conj_mul<R>(mul<R>(a, before), lam[i]);  // conj(e_t) lambda_t
+        gA[i] = add_scaled<R>(gA[i], dt, el);
+        gdt = add_re_conj_mul<R>(gdt, A[i], el);
+        lam[i] = conj_mul<R>(a, lam[i]);
+      }
+      if constexpr (!kConstB) add_packed<R, kComplex>(packed_B + t * packs * kWidth<R> + pack, gB);
+      if constexpr (!kConstC) add_packed<R, kComplex>(packed_C + t * packs * kWidth<R> + pack, gC);
+      store<R>(s + at, load<R>(s + at) + st);
+      store<R>(ddelta + at, load<R>(ddelta + at) + gdt);
+    }
+    for (int i = 0; i < ni; ++i) {
+      store_state<R>(lambda + at0 + i * kScanLd, plane, lam[i]);
+      store_state<R>(dA + at0 + i * kScanLd, plane, gA[i]);
+      if constexpr (kConstB) store_state<R>(dB + at0 + i * kScanLd, plane, gB[i]);
+      if constexpr (kConstC) store_state<R>(dC + at0 + i * kScanLd, plane, gC[i]);
+    }
+  }
+
+  // lambda <- conj(a_t) (k conj(C_t) go_t + lambda), over a tile: what leaves it on the left. No gradients.
+  template <bool kComplex, bool kConstC>
+  MAMBA_INLINE void adjoint_block(int64_t tokens, int64_t state0, int64_t v) {
+    using S = State<R, kComplex>;
+    constexpr int ni = kBlock<kComplex>;
+    const R k = kComplex ? 2 : 1;
+    const int64_t plane = unit.planes / 2 * kScanLd, at0 = state0 * kScanLd + v;
+    const Factor<R, kComplex, kConstC> C(unit.C, unit, state0, v);
+    S A[ni], lam[ni];
+    for (int i = 0; i < ni; ++i) {
+      A[i] = load_state<S, R>(unit.A + at0 + i * kScanLd, plane);
+      lam[i] = load_state<S, R>(lambda + at0 + i * kScanLd, plane);
+    }
+    for (int64_t t = tokens - 1; t >= 0; --t) {
+      const Vec<R> g = k * load<R>(go + t * kScanLd + v), dt = load<R>(unit.delta + t * kScanLd + v);
+      for (int i = 0; i < ni; ++i) lam[i] = conj_mul<R>(decay<R>(dt, A[i]), add_conj<R>(lam[i], g, C.at(t, i)));
+    }
+    for (int i = 0; i < ni; ++i) store_state<R>(lambda + at0 + i * kScanLd, plane, lam[i]);
+  }
+
+  // go, and y <- D u, for tokens [t0, t1) of a row.
+  void load_tile_of(const ScanBwd& p, int64_t row, int64_t t0, int64_t t1) {
+    const ScanDims& dims = p.fwd.dims;
+    unit.load_steps(p.fwd, row, t0, t1, raw, u);
+    unit.load_tokens(go, p.dy, row, t0, t1);
+    if (p.fwd.z) unit.load_tokens(z, p.fwd.z, row, t0, t1);
+    if (!dims.constant_B) unit.load_BC(unit.B, dims, p.fwd.B, row, t0, t1);
+    if (!dims.constant_C) unit.load_BC(unit.C, dims, p.fwd.C, row, t0, t1);
+    if (p.fwd.z)
+      for (int64_t t = 0; t < t1 - t0; ++t)
+        for (int64_t v = 0; v < unit.width; v += kWidth<R>) {
+          const int64_t at = t * kScanLd + v;
+          store<R>(go + at, load<R>(go + at) * silu<R>(load<R>(z + at)));
+        }
+  }
+
+  template <bool kComplex, bool kConstB, bool kConstC>
+  void tile_gradients(const ScanBwd& p, int64_t tokens) {
+    using S = State<R, kComplex>;
+    constexpr int ni = kBlock<kComplex>;
+    const int64_t plane = unit.planes / 2 * kScanLd;
+    for (int64_t i = 0; i < tokens * kScanLd; ++i) s[i] = ddelta[i] = 0;
+    for (int64_t i = 0; !kConstB && i < tokens * packs * kWidth<R>; ++i) packed_B[i] = 0;
+    for (int64_t i = 0; !kConstC && i < tokens * packs * kWidth<R>; ++i) packed_C[i] = 0;
+    for (int64_t v = 0; v < unit.width; v += kWidth<R>)
+      for (int64_t i = 0; i < p.fwd.dims.n; i += ni) {
+        S h0[ni];
+        for (int j = 0; j < ni; ++j) h0[j] = load_state<S, R>(unit.state + (i + j) * kScanLd + v, plane);
+        if (p.fwd.z)
+          scan_block<R, kComplex, kConstB, kConstC, true, true>(unit, tokens, i, v, reinterpret_cast<S*>(kept));
+        else
+          scan_block<R, kComplex, kConstB, kConstC, false, true>(unit, tokens, i, v, reinterpret_cast<S*>(kept));
+        reverse_block<kComplex, kConstB, kConstC>(tokens, i, v, h0);
+      }
+  }
+
+  // What follows from go, s and ddelta, token by token.
+  void store_gradients(const ScanBwd& p, int64_t row, int64_t t0, int64_t t1) {
+    for (int64_t v = 0; v < unit.width; v += kWidth<R>) {
+      const Vec<R> D = load<R>(unit.D + v);
+      Vec<R> sum_D = load<R>(dD + v), sum_bias = load<R>(dbias + v);
+      for (int64_t t = 0; t < t1 - t0; ++t) {
+        const int64_t at = t * kScanLd + v;
+        const Vec<R> g = load<R>(go + at), x = load<R>(u + at), st = load<R>(s + at);
+        Vec<R> gdt = x * st + load<R>(ddelta + at);
+        if (p.fwd.dims.softplus) gdt *= softplus_grad<R>(load<R>(raw + at));
+        store<R>(ddelta + at, gdt);
+        store<R>(s + at, load<R>(unit.delta + at) * st + D * g);
+        sum_D += g * x;
+        sum_bias += gdt;
+      }
+      store<R>(dD + v, sum_D);
+      store<R>(dbias + v, sum_bias);
+    }
+    unit.store_tokens(p.du, row, t0, t1, s);
+    unit.store_tokens(p.ddelta, row, t0, t1, ddelta);
+    if (!p.fwd.z) return;
+    unit.load_tokens(go, p.dy, row, t0, t1);
+    for (int64_t t = 0; t < t1 - t0; ++t)
+      for (int64_t v = 0; v < unit.width; v += kWidth<R>) {
+        const int64_t at = t * kScanLd + v;
+        store<R>(z + at, load<R>(go + at) * load<R>(unit.y + at) * silu_grad<R>(load<R>(z + at)));
+      }
+    unit.store_tokens(p.dz, row, t0, t1, z);
+  }
+
+  // Adds up the lanes of the packed sums and writes this block's partial of dB (which = 0) or dC (1).
+  void store_channel_sums(const ScanBwd& p, const R* packed, int which, int64_t row, int64_t t0, int64_t t1) {
+    const ScanDims& dims = p.fwd.dims;
+    using P = Packing<R>;
+    const int64_t ni = P::kSums / dims.parts(), lanes = kWidth<R> / P::kPer;
+    R* out = static_cast<R*>(p.partial_BC) +
+             ((((unit.block * dims.b + row) * dims.groups + unit.group) * dims.l + t0) * 2 + which) * unit.planes;
+    for (int64_t t = 0; t < t1 - t0; ++t, out += 2 * unit.planes)
+      for (int64_t part = 0; part < dims.parts(); ++part)
+        for (int64_t i = 0; i < dims.n; ++i) {
+          const int64_t value = part * ni + i % ni;
+          const R* from = packed + (t * packs + i / ni * P::kVecs) * kWidth<R> + value * lanes;
+          R sum = 0;
+          for (int64_t lane = 0; lane < lanes; ++lane) sum += from[lane];
+          out[part * padded(dims.n) + i] = sum;
+        }
+  }
+
+  // Writes this unit's partial sums over tokens.
+  void store_token_sums(const ScanBwd& p) {
+    const ScanDims& dims = p.fwd.dims;
+    const int64_t ld = padded(dims.d), kinds = 1 + dims.constant_B + dims.constant_C;
+    R* to = static_cast<R*>(p.partial_A) + unit.pieces * kinds * dims.parts() * dims.n * ld + unit.c0;
+    for (const R* from : {dA, dims.constant_B ? dB : nullptr, dims.constant_C ? dC : nullptr}) {
+      if (!from) continue;
+      for (int64_t part = 0; part < dims.parts(); ++part)
+        for (int64_t i = 0; i < dims.n; ++i, to += ld)
+          for (int64_t c = 0; c < unit.channels; ++c) to[c] = from[(part * padded(dims.n) + i) * kScanLd + c];
+    }
+    to = static_cast<R*>(p.partial_d) + unit.pieces * 2 * ld + unit.c0;
+    for (int64_t c = 0; c < unit.channels; ++c) {
+      to[c] = dD[c];
+      to[ld + c] = dbias[c];
+    }
+  }
+};
+
+template <class R>
+int64_t selective_scan_bwd_scratch(const ScanDims& dims) {
+  Arena<R> arena{nullptr};
+  ScanBackward<R>(dims, arena);
+  return arena.used * sizeof(R);
+}
+
+// Without du (the first phase of the segment form) only lambda is carried, from zero on the right of every piece to
+// dstates_in, the state gradient that leaves it on the left; and delta is summed over every piece.
+template <class R>
+void selective_scan_bwd(const ScanBwd& p, int64_t unit_begin, int64_t unit_end, void* scratch) {
+  const ScanDims& dims = p.fwd.dims;
+  Arena<R> arena{static_cast<R*>(scratch)};
+  ScanBackward<R> work(dims, arena);
+  ScanUnit<R>& unit = work.unit;
+  const Pieces& pieces = p.fwd.pieces;
+
+  for (int64_t number = unit_begin; number < unit_end; ++number) {
+    unit.begin(p.fwd, number);
+    for (R* sum : {work.dA, dims.constant_B ? work.dB : nullptr, dims.constant_C ? work.dC : nullptr})
+      if (sum) unit.clear(sum);
+    for (int64_t i = 0; i < kScanLd; ++i) work.dD[i] = work.dbias[i] = 0;
+
+    for (int64_t k = pieces.group[unit.pieces + 1] - 1; k >= pieces.group[unit.pieces]; --k) {
+      const Piece& piece = pieces.piece[k];
+      unit.load_state(work.lambda, dims, p.dstates_out, piece.state_out);
+      for (int64_t t1 = piece.end, t0; t1 > piece.begin; t1 = t0) {
+        t0 = (t1 - 1) / kScanCheckpoint * kScanCheckpoint;
+        if (t0 < piece.begin) t0 = piece.begin;
+        work.load_tile_of(p, piece.row, t0, t1);
+        if (!p.du) {
+          for (int64_t t = 0; t < t1 - t0; ++t)
+            for (int64_t i = 0; i < kScanLd; ++i) work.dbias[i] += unit.delta[t * kScanLd + i];
+          with_kinds(dims, [&]<bool kComplex, bool kConstB, bool kConstC>() {
+            for (int64_t v = 0; v < unit.width; v += kWidth<R>)
+              for (int64_t i = 0; i < dims.n; i += kBlock<kComplex>)
+                work.template adjoint_block<kComplex, kConstC>(t1 - t0, i, v);
+          });
+          continue;
+        }
+        if (t0 % kScanCheckpoint == 0 && t0 > piece.run_begin)
+          unit.load_checkpoint(p.fwd, piece.row, t0);
+        else
+          unit.load_state(unit.state, dims, p.fwd.states_in, piece.state_in);
+        with_kinds(dims, [&]<bool kComplex, bool kConstB, bool kConstC>() {
+          work.template tile_gradients<kComplex, kConstB, kConstC>(p, t1 - t0);
+        });
+        if (!dims.constant_B) work.store_channel_sums(p, work.packed_B, 0, piece.row, t0, t1);
+        if (!dims.constant_C) work.store_channel_sums(p, work.packed_C, 1, piece.row, t0, t1);
+        work.store_gradients(p, piece.row, t0, t1);
+      }
+      unit.store_state(dims, p.dstates_in, piece.state_in, work.lambda);
+      if (!p.du)
+        for (int64_t i = 0; i < unit.channels; ++i) {
+          static_cast<R*>(p.fwd.delta_sums)[k * dims.d + unit.c0 + i] = work.dbias[i];
+          work.dbias[i] = 0;
+        }
+    }
+    if (p.du) work.store_token_sums(p);
+  }
+}
+
+// Second pass of the reductions: dA, dD, ddelta_bias and constant dB, dC (unit 0), then dB and dC of kScanReduceTokens
+// tokens each.
+inline constexpr int64_t kScanReduceTokens = 256;
+inline int64_t selective_scan_reduce_units(const ScanDims& dims) {
+  return 1 + dims.b * dims.groups * ((dims.l + kScanReduceTokens - 1) / kScanReduceTokens);
+}
+template <class R>
+void selective_scan_reduce(const ScanBwd& p, int64_t unit_begin, int64_t unit_end) {
+  const ScanDims& dims = p.fwd.dims;
+  const int64_t ld = padded(dims.d), planes = dims.parts() * padded(dims.n), groups = p.fwd.pieces.groups;
+  const int64_t spans = (dims.l + kScanReduceTokens - 1) / kScanReduceTokens;
+  for (int64_t unit = unit_begin; unit < unit_end; ++unit) {
+    if (unit == 0) {
+      const int64_t kind = dims.parts() * dims.n * ld;
+      const int64_t stride = (1 + dims.constant_B + dims.constant_C) * kind;
+      const R* from = static_cast<const R*>(p.partial_A);
+      const View absent;
+      for (const View* out : {&p.dA, dims.constant_B ? &p.dB : &absent, dims.constant_C ? &p.dC : &absent}) {
+        if (!*out) continue;
+        for (int64_t part = 0; part < dims.parts(); ++part)
+          sum_partials(*out, part, dims.n, out->stride[1], dims.d, out->stride[0], from + part * dims.n * ld, ld, groups, stride);
+        from += kind;
+      }
+      const R* sums = static_cast<const R*>(p.partial_d);
+      if (p.dD) sum_partials(p.dD, 0, 1, 0, dims.d, p.dD.stride[0], sums, ld, groups, 2 * ld);
+      if (p.ddelta_bias) sum_partials(p.ddelta_bias, 0, 1, 0, dims.d, p.ddelta_bias.stride[0], sums + ld, ld, groups, 2 * ld);
+      continue;
+    }
+    const int64_t span = (unit - 1) % spans, group = (unit - 1) / spans % dims.groups, row = (unit - 1) / spans / dims.groups;
+    const int64_t t0 = span * kScanReduceTokens;
+    const int64_t tokens = dims.l - t0 < kScanReduceTokens ? dims.l - t0 : kScanReduceTokens;
+    for (int which = 0; which < 2; ++which) {
+      if (which == 0 ? dims.constant_B : dims.constant_C) continue;
+      const View& out = which == 0 ? p.dB : p.dC;
+      for (int64_t part = 0; part < dims.parts(); ++part)
+        sum_partials(out, row * out.stride[0] + group * out.stride[1] + t0 * out.stride[3] + part, tokens, out.stride[3], dims.n,
+                     out.stride[2],
+                     static_cast<const R*>(p.partial_BC) + (((row * dims.groups + group) * dims.l + t0) * 2 + which) * planes +
+                         part * padded(dims.n),
+                     2 * planes, selective_scan_channel_blocks(dims), dims.b * dims.groups * dims.l * 2 * planes);
+    }
+  }
+}
+
+}  // namespace mamba_ops::MAMBA_ISA

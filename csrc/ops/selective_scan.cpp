@@ -1,0 +1,286 @@
+#include "kernels/selective_scan.h"
+
+#include <algorithm>
+
+#include "ops/dispatch.h"
+#include "ops/ops.h"
+
+namespace mamba_ops {
+
+namespace {
+
+// Partial sums over tokens exist once per group of pieces. With fewer units of work than kEnough, long sequences are cut
+// into segments of at least kSegmentTokens, at the price of a second pass over the decays.
+constexpr int64_t kMaxGroups = 16, kEnough = 16, kSegmentTokens = 1024;
+
+// Everything that forward and backward check, and the parameters that they share.
+struct ScanCall {
+  Checker check;
+  ScalarType type, arithmetic, state_type;
+  int64_t states;
+  ScanFwd params{};
+  PieceList pieces;
+  bool segments = false;
+
+  ScanCall(const char* op, const Tensor& u, const Tensor& delta, const Tensor& A, const Tensor& B, const Tensor& C,
+           const OptTensor& D, const OptTensor& z, const OptTensor& delta_bias, const OptTensor& initial_state,
+           const OptTensor& seq_idx, const OptTensor& cu_seqlens, bool softplus)
+      : check(op, u), type(check.float_type("u", u)), arithmetic(arithmetic_type(type)) {
+    check.shape("u", u, "(b, d, l)", {-1, -1, -1});
+    const int64_t b = u.size(0), d = u.size(1), l = u.size(2);
+    check.all("delta", delta, "(b, d, l)", {b, d, l}, {type, ScalarType::Float});
+    if (z) check.all("z", *z, "(b, d, l)", {b, d, l}, {type, ScalarType::Float});
+    const bool complex = A.scalar_type() == ScalarType::ComplexFloat || A.scalar_type() == ScalarType::ComplexDouble;
+    const ScalarType complex_type = arithmetic == ScalarType::Double ? ScalarType::ComplexDouble : ScalarType::ComplexFloat;
+    state_type = complex ? complex_type : arithmetic;
+    if (complex)
+      check.all("A", A, "(d, n)", {d, -1}, {complex_type});
+    else
+      check.all("A", A, "(d, n)", {d, -1}, {ScalarType::Float, type});
+    const int64_t n = A.size(1);
+    check.that(n >= 1, "A must be (d, n) with n >= 1, got " + shape_of(A));
+    params.dims = {.b = b, .d = d, .l = l, .n = n, .groups = 1, .complex = complex, .softplus = softplus,
+                   .constant_B = B.dim() == 2, .constant_C = C.dim() == 2};
+    int64_t groups = 0;
+    for (const auto& [name, factor] : {std::pair("B", &B), std::pair("C", &C)}) {
+      check.device(name, *factor);
+      if (complex)
+        check.dtype(name, *factor, {complex_type});
+      else
+        check.dtype(name, *factor, {type, ScalarType::Float});
+      if (factor->dim() == 2) {
+        check.shape(name, *factor, "(d, n)", {d, n});
+        continue;
+      }
+      check.shape(name, *factor, "(b, g, n, l)", {b, groups ? groups : -1, n, l}, ", or constant (d, n)");
+      groups = factor->size(1);
+      check.that(groups >= 1 && d % groups == 0, std::string(name) + " must be (b, g, n, l) with g dividing d = " +
+                                                     std::to_string(d) + ", got " + shape_of(*factor));
+    }
+    params.dims.groups = groups ? groups : 1;
+    if (D) check.all("D", *D, "(d)", {d}, {ScalarType::Float, type});
+    if (delta_bias) check.all("delta_bias", *delta_bias, "(d)", {d}, {ScalarType::Float, type});
+    states = check_sequences(check, b, l, seq_idx, cu_seqlens);
+    if (initial_state)
+      check.all("initial_state", *initial_state, cu_seqlens ? "(s, d, n)" : "(b, d, n)", {states, d, n}, {state_type});
+    params.u = view(u);
+    params.delta = view(delta);
+    params.z = view(z);
+    params.A = view(A);
+    params.B = view(B);
+    params.C = view(C);
+    params.D = view(D);
+    params.delta_bias = view(delta_bias);
+    if (check.cuda()) no_cuda_kernel(op);
+
+    const std::vector<Run> runs = sequences(check, b, l, seq_idx, cu_seqlens);
+    pieces = cut(runs, INT64_MAX, kMaxGroups);
+    by_arithmetic(type, [&]<class R>() {
+      params.pieces = pieces.view();
+      const int64_t units = cpu().kernels<R>().selective_scan_units(params.dims, params.pieces);
+      const int64_t cuts = units ? (kEnough + units - 1) / units : 1;
+      const int64_t tokens = std::max(kSegmentTokens, (l / cuts + kScanCheckpoint - 1) / kScanCheckpoint * kScanCheckpoint);
+      if (cuts > 1 && l > tokens) {
+        PieceList shorter = cut(runs, tokens, kMaxGroups);
+        segments = shorter.pieces.size() > pieces.pieces.size();
+        pieces = std::move(shorter);
+      }
+    });
+    params.pieces = pieces.view();
+  }
+
+  int64_t count() const { return int64_t(pieces.pieces.size()); }
+  // (rows, d, n, parts) of the arithmetic type.
+  Tensor rows_of_states(const Tensor& device_of, int64_t rows) const {
+    return empty({rows, params.dims.d, params.dims.n, params.dims.parts()}, arithmetic, device_of);
+  }
+  // Pieces that enter from, or leave to, a row of their own.
+  PieceList numbered(bool in, bool out) const {
+    PieceList list = pieces;
+    for (int64_t k = 0; k < count(); ++k) {
+      list.pieces[k].state_in = in ? k : -1;
+      list.pieces[k].state_out = out ? k : -1;
+    }
+    return list;
+  }
+};
+
+// Copies row `from` of the given states (zeros where absent) to row k of `to`.
+template <class R>
+void set_row(const Tensor& to, int64_t k, const void* states, int64_t from) {
+  const int64_t size = to.size(1) * to.size(2) * to.size(3);
+  R* out = static_cast<R*>(to.data_ptr()) + k * size;
+  if (states && from >= 0)
+    std::copy_n(static_cast<const R*>(states) + from * size, size, out);
+  else
+    std::fill_n(out, size, R(0));
+}
+
+template <class R>
+void run_forward(const ScanCall& call, ScanFwd params) {
+  const Kernels<R>& k = cpu().kernels<R>();
+  const int64_t units = k.selective_scan_units(params.dims, params.pieces), bytes = k.selective_scan_fwd_scratch(params.dims);
+  for_units(units, bytes,
+            [&](int64_t begin, int64_t end, void* memory) { k.selective_scan_fwd(params, begin, end, memory); });
+}
+
+template <class R>
+void run_backward(const ScanBwd& params) {
+  const Kernels<R>& k = cpu().kernels<R>();
+  const int64_t units = k.selective_scan_units(params.fwd.dims, params.fwd.pieces);
+  for_units(units, k.selective_scan_bwd_scratch(params.fwd.dims),
+            [&](int64_t begin, int64_t end, void* memory) { k.selective_scan_bwd(params, begin, end, memory); });
+}
+
+template <class R>
+void combine(const ScanFwd& params, const Tensor& states, const Tensor& ends, bool reverse) {
+  constexpr int64_t kChannels = 16;
+  const int64_t d = params.dims.d;
+  for_units((d + kChannels - 1) / kChannels, 0, [&](int64_t begin, int64_t end, void*) {
+    cpu().kernels<R>().selective_scan_combine(params, static_cast<R*>(states.data_ptr()),
+                                              static_cast<const R*>(ends.data_ptr()), reverse, begin * kChannels,
+                                              std::min(end * kChannels, d));
+  });
+}
+
+// The forward in one pass, or in three phases over segments: their ends from a zero state, the states between them,
+// and the pass itself with every segment on its own.
+template <class R>
+void forward(const ScanCall& call, ScanFwd params, const Tensor& u) {
+  if (!call.segments) return run_forward<R>(call, params);
+  const Tensor entering = call.rows_of_states(u, call.count()), ends = call.rows_of_states(u, call.count());
+  const Tensor sums = empty({call.count(), params.dims.d}, call.arithmetic, u);
+  const PieceList first = call.numbered(false, true);
+  ScanFwd local = params;
+  local.y = local.z = {};
+  local.states_in = local.checkpoints = nullptr;
+  local.states_out = ends.data_ptr();
+  local.delta_sums = sums.data_ptr();
+  local.pieces = first.view();
+  run_forward<R>(call, local);
+
+  PieceList last = call.pieces;
+  for (int64_t k = 0; k < call.count(); ++k) {
+    Piece& piece = last.pieces[k];
+    if (piece.begin == piece.run_begin) set_row<R>(entering, k, params.states_in, piece.state_in);
+    piece.state_in = k;
+  }
+  combine<R>(local, entering, ends, false);
+  params.states_in = entering.data_ptr();
+  params.pieces = last.view();
+  run_forward<R>(call, params);
+}
+
+// The backward likewise, with time reversed.
+template <class R>
+void backward(const ScanCall& call, ScanBwd params, const Tensor& u) {
+  if (!call.segments) return run_backward<R>(params);
+  const Tensor entering = call.rows_of_states(u, call.count()), ends = call.rows_of_states(u, call.count());
+  const Tensor sums = empty({call.count(), params.fwd.dims.d}, call.arithmetic, u);
+  const PieceList first = call.numbered(true, false);
+  ScanBwd local = params;
+  local.du = {};
+  local.dstates_out = nullptr;
+  local.dstates_in = ends.data_ptr();
+  local.fwd.delta_sums = sums.data_ptr();
+  local.fwd.pieces = first.view();
+  run_backward<R>(local);
+
+  PieceList last = call.pieces;
+  for (int64_t k = 0; k < call.count(); ++k) {
+    Piece& piece = last.pieces[k];
+    if (piece.end == piece.run_end) set_row<R>(entering, k, params.dstates_out, piece.state_out);
+    piece.state_out = k;
+  }
+  combine<R>(local.fwd, entering, ends, true);
+  params.dstates_out = entering.data_ptr();
+  params.fwd.pieces = last.view();
+  run_backward<R>(params);
+}
+
+Tensor checkpoint_rows(const ScanCall& call, const Tensor& u) {
+  const ScanDims& dims = call.params.dims;
+  return empty({dims.b, dims.l / kScanCheckpoint, dims.parts(), dims.n, dims.d}, call.arithmetic, u);
+}
+
+}  // namespace
+
+std::tuple<Tensor, Tensor, Tensor> selective_scan_fwd(Tensor u, Tensor delta, Tensor A, Tensor B, Tensor C, OptTensor D,
+                                                      OptTensor z, OptTensor delta_bias, OptTensor initial_state,
+                                                      OptTensor seq_idx, OptTensor cu_seqlens, bool delta_softplus,
+                                                      bool return_final_state, bool save_checkpoints) {
+  ScanCall call("selective_scan", u, delta, A, B, C, D, z, delta_bias, initial_state, seq_idx, cu_seqlens, delta_softplus);
+  const ScanDims& dims = call.params.dims;
+  Tensor y = torch::stable::empty_like(u);
+  Tensor final_state = return_final_state ? empty({call.states, dims.d, dims.n}, call.state_type, u)
+                                          : empty({0}, call.state_type, u);
+  Tensor checkpoints = save_checkpoints ? checkpoint_rows(call, u) : empty({0}, call.arithmetic, u);
+  if (initial_state) initial_state = torch::stable::contiguous(*initial_state);
+  ScanFwd params = call.params;
+  params.y = view(y);
+  params.states_in = initial_state ? initial_state->data_ptr() : nullptr;
+  params.states_out = return_final_state ? final_state.data_ptr() : nullptr;
+  params.checkpoints = save_checkpoints ? checkpoints.data_ptr() : nullptr;
+  by_arithmetic(call.type, [&]<class R>() { forward<R>(call, params, u); });
+  return {y, final_state, checkpoints};
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> selective_scan_bwd(
+    Tensor dy, OptTensor dfinal_state, Tensor u, Tensor delta, Tensor A, Tensor B, Tensor C, OptTensor D, OptTensor z,
+    OptTensor delta_bias, OptTensor initial_state, OptTensor seq_idx, OptTensor cu_seqlens, Tensor checkpoints,
+    bool delta_softplus) {
+  ScanCall call("selective_scan backward", u, delta, A, B, C, D, z, delta_bias, initial_state, seq_idx, cu_seqlens,
+                delta_softplus);
+  const ScanDims& dims = call.params.dims;
+  call.check.all("dy", dy, "(b, d, l)", {dims.b, dims.d, dims.l}, {call.type});
+  if (dfinal_state)
+    call.check.all("dfinal_state", *dfinal_state, "(b, d, n)", {call.states, dims.d, dims.n}, {call.state_type});
+  if (initial_state) initial_state = torch::stable::contiguous(*initial_state);
+  if (dfinal_state) dfinal_state = torch::stable::contiguous(*dfinal_state);
+  const auto like = [&](const OptTensor& t) { return t ? torch::stable::empty_like(*t) : none(u); };
+  Tensor du = torch::stable::empty_like(u), ddelta = torch::stable::empty_like(delta), dA = torch::stable::empty_like(A);
+  Tensor dB = torch::stable::empty_like(B), dC = torch::stable::empty_like(C), dD = like(D), dz = like(z), dbias = like(delta_bias);
+  Tensor dinitial = like(initial_state);
+
+  ScanBwd params{};
+  params.fwd = call.params;
+  params.fwd.states_in = initial_state ? initial_state->data_ptr() : nullptr;
+  if (dims.l / kScanCheckpoint > 0 && checkpoints.numel() == 0) {  // the forward was not told that there would be a backward
+    checkpoints = checkpoint_rows(call, u);
+    ScanFwd again = params.fwd;
+    again.checkpoints = checkpoints.data_ptr();
+    Tensor y = torch::stable::empty_like(u);
+    again.y = view(y);
+    by_arithmetic(call.type, [&]<class R>() { forward<R>(call, again, u); });
+  }
+  params.fwd.checkpoints = checkpoints.data_ptr();
+  params.dy = view(dy);
+  params.du = view(du);
+  params.ddelta = view(ddelta);
+  params.dz = z ? view(dz) : View{};
+  params.dA = view(dA);
+  params.dB = view(dB);
+  params.dC = view(dC);
+  params.dD = D ? view(dD) : View{};
+  params.ddelta_bias = delta_bias ? view(dbias) : View{};
+  params.dstates_out = dfinal_state ? dfinal_state->data_ptr() : nullptr;
+  params.dstates_in = initial_state ? dinitial.data_ptr() : nullptr;
+  by_arithmetic(call.type, [&]<class R>() {
+    const Kernels<R>& k = cpu().kernels<R>();
+    const int64_t groups = call.params.pieces.groups, kinds = 1 + dims.constant_B + dims.constant_C;
+    const Tensor partial_A = empty({groups, kinds * dims.parts() * dims.n, padded(dims.d)}, call.arithmetic, u);
+    const Tensor partial_d = empty({groups, 2, padded(dims.d)}, call.arithmetic, u);
+    const bool per_step = !dims.constant_B || !dims.constant_C;
+    const Tensor partial_BC = empty({per_step ? k.selective_scan_channel_blocks(dims) : 0, dims.b * dims.groups, dims.l,
+                                     2 * dims.parts() * padded(dims.n)}, call.arithmetic, u);
+    params.partial_A = partial_A.data_ptr();
+    params.partial_d = partial_d.data_ptr();
+    params.partial_BC = partial_BC.data_ptr();
+    backward<R>(call, params, u);
+    for_units(k.selective_scan_reduce_units(dims), 0,
+              [&](int64_t begin, int64_t end, void*) { k.selective_scan_reduce(params, begin, end); });
+  });
+  return {du, ddelta, dA, dB, dC, dD, dz, dbias, dinitial};
+}
+
+}  // namespace mamba_ops
