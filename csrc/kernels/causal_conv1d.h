@@ -28,4 +28,11 @@ struct ConvBwd {
   void* partial;          // (groups, w + 1, padded d) in the arithmetic type: sums of dweight, then dbias
 };
 
+// CUDA: `pieces` stay empty, the sequences are on the device; `states` rows of states. They return nullptr,
+// or what CUDA says went wrong, and do not wait for the kernels.
+struct Sequences;
+const char* causal_conv1d_fwd_cuda(const ConvFwd& p, const Sequences& seqs, int64_t states, void* stream);
+const char* causal_conv1d_bwd_cuda(const ConvBwd& p, const Sequences& seqs, int64_t states, void* stream);
+int64_t causal_conv1d_groups_cuda(const ConvFwd& p);  // groups of `partial`
+
 }  // namespace mamba_ops

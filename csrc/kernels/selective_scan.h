@@ -8,6 +8,7 @@ namespace mamba_ops {
 
 // The state that enters every token at a multiple of this is kept for the backward.
 inline constexpr int64_t kScanCheckpoint = 128;
+inline constexpr int64_t kScanMaxState = 256;
 
 struct ScanDims {
   int64_t b, d, l, n;

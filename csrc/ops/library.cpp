@@ -25,6 +25,39 @@ STABLE_TORCH_LIBRARY(mamba_ops, m) {
       "Tensor? D, Tensor? z, Tensor? delta_bias, Tensor? initial_state, Tensor? seq_idx, Tensor? cu_seqlens, "
       "Tensor checkpoints, bool delta_softplus) -> (Tensor du, Tensor ddelta, Tensor dA, Tensor dB, Tensor dC, "
       "Tensor dD, Tensor dz, Tensor ddelta_bias, Tensor dinitial_state)");
+
+  // x, z (b,l,h,p); dt (b,l,h); A, dt_bias (h); B, C (b,l,g,n); D (h) or (h,p); states (b or s, h, p, n)
+  m.def(
+      "ssd_fwd(Tensor x, Tensor dt, Tensor A, Tensor B, Tensor C, Tensor? D, Tensor? z, Tensor? dt_bias, "
+      "Tensor? initial_state, Tensor? seq_idx, Tensor? cu_seqlens, bool dt_softplus, float dt_min, float dt_max, "
+      "int? chunk_size, bool return_final_state) -> (Tensor y, Tensor final_state)");
+  m.def(
+      "ssd_bwd(Tensor dy, Tensor? dfinal_state, Tensor x, Tensor dt, Tensor A, Tensor B, Tensor C, Tensor? D, "
+      "Tensor? z, Tensor? dt_bias, Tensor? initial_state, Tensor? seq_idx, Tensor? cu_seqlens, bool dt_softplus, "
+      "float dt_min, float dt_max, int? chunk_size) -> (Tensor dx, Tensor ddt, Tensor dA, Tensor dB, Tensor dC, "
+      "Tensor dD, Tensor dz, Tensor ddt_bias, Tensor dinitial_state)");
+
+  // x, z (..., d); weight (d); group_size a divisor of d
+  m.def(
+      "rms_norm_gated_fwd(Tensor x, Tensor weight, Tensor? z, float eps, SymInt group_size, bool norm_before_gate) -> "
+      "Tensor");
+  m.def(
+      "rms_norm_gated_bwd(Tensor dy, Tensor x, Tensor weight, Tensor? z, float eps, SymInt group_size, "
+      "bool norm_before_gate) -> (Tensor dx, Tensor dweight, Tensor dz)");
+
+  // One token, or t of them; state_indices (b): rows of the state, negative for padding.
+  // x (b,d[,t]); state (s,d,k); weight (d,w); bias (d)
+  m.def(
+      "causal_conv1d_update(Tensor x, Tensor(a!) state, Tensor weight, Tensor? bias, Tensor? state_indices, bool silu) "
+      "-> Tensor");
+  // state (s,d,n); u, delta, z (b,d[,t]); A (d,n); B, C (b[,g],n[,t]); D, delta_bias (d)
+  m.def(
+      "selective_state_update(Tensor(a!) state, Tensor u, Tensor delta, Tensor A, Tensor B, Tensor C, Tensor? D, "
+      "Tensor? z, Tensor? delta_bias, Tensor? state_indices, bool delta_softplus) -> Tensor");
+  // state (s,h,p,n); x, z (b[,t],h,p); dt (b[,t],h); A, dt_bias (h); B, C (b[,t],g,n); D (h) or (h,p)
+  m.def(
+      "ssd_state_update(Tensor(a!) state, Tensor x, Tensor dt, Tensor A, Tensor B, Tensor C, Tensor? D, Tensor? z, "
+      "Tensor? dt_bias, Tensor? state_indices, bool dt_softplus, float dt_min, float dt_max) -> Tensor");
 }
 
 namespace mamba_ops {
@@ -42,11 +75,18 @@ void no_cuda_kernel(const char* op) {
 
 // One host function serves both devices.
 #define MAMBA_IMPL(name) m.impl(#name, TORCH_BOX(&mamba_ops::name))
-#define MAMBA_IMPL_ALL          \
-  MAMBA_IMPL(causal_conv1d_fwd); \
-  MAMBA_IMPL(causal_conv1d_bwd); \
-  MAMBA_IMPL(selective_scan_fwd); \
-  MAMBA_IMPL(selective_scan_bwd)
+#define MAMBA_IMPL_ALL                \
+  MAMBA_IMPL(causal_conv1d_fwd);      \
+  MAMBA_IMPL(causal_conv1d_bwd);      \
+  MAMBA_IMPL(selective_scan_fwd);     \
+  MAMBA_IMPL(selective_scan_bwd); \
+  MAMBA_IMPL(ssd_fwd); \
+  MAMBA_IMPL(ssd_bwd);     \
+  MAMBA_IMPL(rms_norm_gated_fwd);     \
+  MAMBA_IMPL(rms_norm_gated_bwd);     \
+  MAMBA_IMPL(causal_conv1d_update);   \
+  MAMBA_IMPL(selective_state_update); \
+  MAMBA_IMPL(ssd_state_update)
 
 STABLE_TORCH_LIBRARY_IMPL(mamba_ops, CPU, m) { MAMBA_IMPL_ALL; }
 STABLE_TORCH_LIBRARY_IMPL(mamba_ops, CUDA, m) { MAMBA_IMPL_ALL; }

@@ -21,4 +21,23 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tenso
     OptTensor delta_bias, OptTensor initial_state, OptTensor seq_idx, OptTensor cu_seqlens, Tensor checkpoints,
     bool delta_softplus);
 
+Tensor rms_norm_gated_fwd(Tensor x, Tensor weight, OptTensor z, double eps, int64_t group_size, bool norm_before_gate);
+std::tuple<Tensor, Tensor, Tensor> rms_norm_gated_bwd(Tensor dy, Tensor x, Tensor weight, OptTensor z, double eps,
+                                                      int64_t group_size, bool norm_before_gate);
+
+Tensor causal_conv1d_update(Tensor x, Tensor state, Tensor weight, OptTensor bias, OptTensor state_indices, bool silu);
+Tensor selective_state_update(Tensor state, Tensor u, Tensor delta, Tensor A, Tensor B, Tensor C, OptTensor D, OptTensor z,
+                              OptTensor delta_bias, OptTensor state_indices, bool delta_softplus);
+Tensor ssd_state_update(Tensor state, Tensor x, Tensor dt, Tensor A, Tensor B, Tensor C, OptTensor D, OptTensor z,
+                        OptTensor dt_bias, OptTensor state_indices, bool dt_softplus, double dt_min, double dt_max);
+
+std::tuple<Tensor, Tensor> ssd_fwd(Tensor x, Tensor dt, Tensor A, Tensor B, Tensor C, OptTensor D, OptTensor z,
+                                   OptTensor dt_bias, OptTensor initial_state, OptTensor seq_idx, OptTensor cu_seqlens,
+                                   bool dt_softplus, double dt_min, double dt_max, std::optional<int64_t> chunk_size,
+                                   bool return_final_state);
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> ssd_bwd(
+    Tensor dy, OptTensor dfinal_state, Tensor x, Tensor dt, Tensor A, Tensor B, Tensor C, OptTensor D, OptTensor z,
+    OptTensor dt_bias, OptTensor initial_state, OptTensor seq_idx, OptTensor cu_seqlens, bool dt_softplus, double dt_min,
+    double dt_max, std::optional<int64_t> chunk_size);
+
 }  // namespace mamba_ops

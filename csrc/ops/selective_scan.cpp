@@ -1,16 +1,13 @@
 #include "kernels/selective_scan.h"
 
-#include <algorithm>
-
-#include "ops/dispatch.h"
 #include "ops/ops.h"
+#include "ops/segments.h"
 
 namespace mamba_ops {
 
 namespace {
 
-// Partial sums over tokens exist once per group of pieces. With fewer units of work than kEnough, long sequences are cut
-// into segments of at least kSegmentTokens, at the price of a second pass over the decays.
+// Partial sums over tokens exist once per group of pieces. A segment costs a second pass over its decays.
 constexpr int64_t kMaxGroups = 16, kEnough = 16, kSegmentTokens = 1024;
 
 // Everything that forward and backward check, and the parameters that they share.
@@ -19,8 +16,7 @@ struct ScanCall {
   ScalarType type, arithmetic, state_type;
   int64_t states;
   ScanFwd params{};
-  PieceList pieces;
-  bool segments = false;
+  std::optional<Segments> segments;
 
   ScanCall(const char* op, const Tensor& u, const Tensor& delta, const Tensor& A, const Tensor& B, const Tensor& C,
            const OptTensor& D, const OptTensor& z, const OptTensor& delta_bias, const OptTensor& initial_state,
@@ -38,7 +34,8 @@ struct ScanCall {
     else
       check.all("A", A, "(d, n)", {d, -1}, {ScalarType::Float, type});
     const int64_t n = A.size(1);
-    check.that(n >= 1, "A must be (d, n) with n >= 1, got " + shape_of(A));
+    check.that(n >= 1 && n <= kScanMaxState,
+               "A must be (d, n) with n in 1.." + std::to_string(kScanMaxState) + ", got " + shape_of(A));
     params.dims = {.b = b, .d = d, .l = l, .n = n, .groups = 1, .complex = complex, .softplus = softplus,
                    .constant_B = B.dim() == 2, .constant_C = C.dim() == 2};
     int64_t groups = 0;
@@ -73,62 +70,29 @@ struct ScanCall {
     params.delta_bias = view(delta_bias);
     if (check.cuda()) no_cuda_kernel(op);
 
-    const std::vector<Run> runs = sequences(check, b, l, seq_idx, cu_seqlens);
-    pieces = cut(runs, INT64_MAX, kMaxGroups);
-    by_arithmetic(type, [&]<class R>() {
-      params.pieces = pieces.view();
-      const int64_t units = cpu().kernels<R>().selective_scan_units(params.dims, params.pieces);
-      const int64_t cuts = units ? (kEnough + units - 1) / units : 1;
-      const int64_t tokens = std::max(kSegmentTokens, (l / cuts + kScanCheckpoint - 1) / kScanCheckpoint * kScanCheckpoint);
-      if (cuts > 1 && l > tokens) {
-        PieceList shorter = cut(runs, tokens, kMaxGroups);
-        segments = shorter.pieces.size() > pieces.pieces.size();
-        pieces = std::move(shorter);
-      }
-    });
-    params.pieces = pieces.view();
+    const int64_t per_group = cpu().f32.selective_scan_units(params.dims, {nullptr, nullptr, 1});
+    segments.emplace(sequences(check, b, l, seq_idx, cu_seqlens), l, per_group, kMaxGroups, kEnough, kSegmentTokens,
+                     kScanCheckpoint);
+    params.pieces = segments->pieces.view();
   }
 
-  int64_t count() const { return int64_t(pieces.pieces.size()); }
   // (rows, d, n, parts) of the arithmetic type.
   Tensor rows_of_states(const Tensor& device_of, int64_t rows) const {
     return empty({rows, params.dims.d, params.dims.n, params.dims.parts()}, arithmetic, device_of);
   }
-  // Pieces that enter from, or leave to, a row of their own.
-  PieceList numbered(bool in, bool out) const {
-    PieceList list = pieces;
-    for (int64_t k = 0; k < count(); ++k) {
-      list.pieces[k].state_in = in ? k : -1;
-      list.pieces[k].state_out = out ? k : -1;
-    }
-    return list;
-  }
 };
 
-// Copies row `from` of the given states (zeros where absent) to row k of `to`.
 template <class R>
-void set_row(const Tensor& to, int64_t k, const void* states, int64_t from) {
-  const int64_t size = to.size(1) * to.size(2) * to.size(3);
-  R* out = static_cast<R*>(to.data_ptr()) + k * size;
-  if (states && from >= 0)
-    std::copy_n(static_cast<const R*>(states) + from * size, size, out);
-  else
-    std::fill_n(out, size, R(0));
-}
-
-template <class R>
-void run_forward(const ScanCall& call, ScanFwd params) {
+void run(const ScanFwd& params) {
   const Kernels<R>& k = cpu().kernels<R>();
-  const int64_t units = k.selective_scan_units(params.dims, params.pieces), bytes = k.selective_scan_fwd_scratch(params.dims);
-  for_units(units, bytes,
+  for_units(k.selective_scan_units(params.dims, params.pieces), k.selective_scan_fwd_scratch(params.dims),
             [&](int64_t begin, int64_t end, void* memory) { k.selective_scan_fwd(params, begin, end, memory); });
 }
 
 template <class R>
-void run_backward(const ScanBwd& params) {
+void run(const ScanBwd& params) {
   const Kernels<R>& k = cpu().kernels<R>();
-  const int64_t units = k.selective_scan_units(params.fwd.dims, params.fwd.pieces);
-  for_units(units, k.selective_scan_bwd_scratch(params.fwd.dims),
+  for_units(k.selective_scan_units(params.fwd.dims, params.fwd.pieces), k.selective_scan_bwd_scratch(params.fwd.dims),
             [&](int64_t begin, int64_t end, void* memory) { k.selective_scan_bwd(params, begin, end, memory); });
 }
 
@@ -143,59 +107,48 @@ void combine(const ScanFwd& params, const Tensor& states, const Tensor& ends, bo
   });
 }
 
-// The forward in one pass, or in three phases over segments: their ends from a zero state, the states between them,
-// and the pass itself with every segment on its own.
 template <class R>
 void forward(const ScanCall& call, ScanFwd params, const Tensor& u) {
-  if (!call.segments) return run_forward<R>(call, params);
-  const Tensor entering = call.rows_of_states(u, call.count()), ends = call.rows_of_states(u, call.count());
-  const Tensor sums = empty({call.count(), params.dims.d}, call.arithmetic, u);
-  const PieceList first = call.numbered(false, true);
-  ScanFwd local = params;
-  local.y = local.z = {};
-  local.states_in = local.checkpoints = nullptr;
-  local.states_out = ends.data_ptr();
-  local.delta_sums = sums.data_ptr();
-  local.pieces = first.view();
-  run_forward<R>(call, local);
+  const Segments& segments = *call.segments;
+  if (!segments.split) return run<R>(params);
+  const Tensor entering = call.rows_of_states(u, segments.count()), ends = call.rows_of_states(u, segments.count());
+  const Tensor sums = empty({segments.count(), params.dims.d}, call.arithmetic, u);
+  const PieceList alone = segments.alone(false);
+  ScanFwd first = params;
+  first.y = first.z = {};
+  first.states_in = first.checkpoints = nullptr;
+  first.states_out = ends.data_ptr();
+  first.delta_sums = sums.data_ptr();
+  first.pieces = alone.view();
+  run<R>(first);
 
-  PieceList last = call.pieces;
-  for (int64_t k = 0; k < call.count(); ++k) {
-    Piece& piece = last.pieces[k];
-    if (piece.begin == piece.run_begin) set_row<R>(entering, k, params.states_in, piece.state_in);
-    piece.state_in = k;
-  }
-  combine<R>(local, entering, ends, false);
+  const PieceList joined = segments.joined<R>(entering, params.states_in, false);
+  combine<R>(first, entering, ends, false);
   params.states_in = entering.data_ptr();
-  params.pieces = last.view();
-  run_forward<R>(call, params);
+  params.pieces = joined.view();
+  run<R>(params);
 }
 
-// The backward likewise, with time reversed.
 template <class R>
 void backward(const ScanCall& call, ScanBwd params, const Tensor& u) {
-  if (!call.segments) return run_backward<R>(params);
-  const Tensor entering = call.rows_of_states(u, call.count()), ends = call.rows_of_states(u, call.count());
-  const Tensor sums = empty({call.count(), params.fwd.dims.d}, call.arithmetic, u);
-  const PieceList first = call.numbered(true, false);
-  ScanBwd local = params;
-  local.du = {};
-  local.dstates_out = nullptr;
-  local.dstates_in = ends.data_ptr();
-  local.fwd.delta_sums = sums.data_ptr();
-  local.fwd.pieces = first.view();
-  run_backward<R>(local);
+  const Segments& segments = *call.segments;
+  if (!segments.split) return run<R>(params);
+  const Tensor entering = call.rows_of_states(u, segments.count()), ends = call.rows_of_states(u, segments.count());
+  const Tensor sums = empty({segments.count(), params.fwd.dims.d}, call.arithmetic, u);
+  const PieceList alone = segments.alone(true);
+  ScanBwd first = params;
+  first.du = {};
+  first.dstates_out = nullptr;
+  first.dstates_in = ends.data_ptr();
+  first.fwd.delta_sums = sums.data_ptr();
+  first.fwd.pieces = alone.view();
+  run<R>(first);
 
-  PieceList last = call.pieces;
-  for (int64_t k = 0; k < call.count(); ++k) {
-    Piece& piece = last.pieces[k];
-    if (piece.end == piece.run_end) set_row<R>(entering, k, params.dstates_out, piece.state_out);
-    piece.state_out = k;
-  }
-  combine<R>(local.fwd, entering, ends, true);
+  const PieceList joined = segments.joined<R>(entering, params.dstates_out, true);
+  combine<R>(first.fwd, entering, ends, true);
   params.dstates_out = entering.data_ptr();
-  params.fwd.pieces = last.view();
-  run_backward<R>(params);
+  params.fwd.pieces = joined.view();
+  run<R>(params);
 }
 
 Tensor checkpoint_rows(const ScanCall& call, const Tensor& u) {
@@ -267,7 +220,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tenso
   params.dstates_in = initial_state ? dinitial.data_ptr() : nullptr;
   by_arithmetic(call.type, [&]<class R>() {
     const Kernels<R>& k = cpu().kernels<R>();
-    const int64_t groups = call.params.pieces.groups, kinds = 1 + dims.constant_B + dims.constant_C;
+    const int64_t groups = params.fwd.pieces.groups, kinds = 1 + dims.constant_B + dims.constant_C;
     const Tensor partial_A = empty({groups, kinds * dims.parts() * dims.n, padded(dims.d)}, call.arithmetic, u);
     const Tensor partial_d = empty({groups, 2, padded(dims.d)}, call.arithmetic, u);
     const bool per_step = !dims.constant_B || !dims.constant_C;

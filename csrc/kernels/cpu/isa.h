@@ -5,7 +5,10 @@
 #include <vector>
 
 #include "kernels/causal_conv1d.h"
+#include "kernels/norm.h"
 #include "kernels/selective_scan.h"
+#include "kernels/ssd.h"
+#include "kernels/state_update.h"
 
 namespace mamba_ops {
 
@@ -27,6 +30,26 @@ struct Kernels {
   int64_t (*selective_scan_reduce_units)(const ScanDims&);
   int64_t (*selective_scan_channel_blocks)(const ScanDims&);
   void (*selective_scan_reduce)(const ScanBwd&, int64_t begin, int64_t end);
+
+  int64_t (*ssd_units)(const SsdDims&, const Pieces&);
+  int64_t (*ssd_fwd_scratch)(const SsdDims&);
+  int64_t (*ssd_bwd_scratch)(const SsdDims&, const Pieces&);
+  void (*ssd_fwd)(const SsdFwd&, int64_t begin, int64_t end, void* scratch);
+  void (*ssd_bwd)(const SsdBwd&, int64_t begin, int64_t end, void* scratch);
+  void (*ssd_combine)(const SsdFwd&, R* states, const R* ends, bool reverse, int64_t begin, int64_t end);
+  int64_t (*ssd_reduce_units)(const SsdDims&);
+  void (*ssd_reduce)(const SsdBwd&, int64_t begin, int64_t end);
+
+  int64_t (*rms_norm_gated_scratch)(const NormDims&);
+  void (*rms_norm_gated_fwd)(const NormFwd&, int64_t begin, int64_t end, void* scratch);
+  void (*rms_norm_gated_bwd)(const NormBwd&, int64_t begin, int64_t end, void* scratch);
+  void (*rms_norm_gated_reduce)(const NormBwd&);
+
+  void (*causal_conv1d_update)(const ConvUpdate&, int64_t begin, int64_t end, void* scratch);
+  int64_t (*selective_state_update_scratch)(const ScanUpdate&);
+  void (*selective_state_update)(const ScanUpdate&, int64_t begin, int64_t end, void* scratch);
+  int64_t (*ssd_state_update_scratch)(const SsdUpdate&);
+  void (*ssd_state_update)(const SsdUpdate&, int64_t begin, int64_t end, void* scratch);
 };
 
 struct CpuTable {

@@ -4,6 +4,7 @@
 // tiles; for each vector of channels and each block of kBlock states, the states stay in registers over a whole tile.
 // Planes: state i, part (re, im) of a buffer over states is at plane(part, i) = part * padded(n) + i.
 #pragma once
+#include "kernels/cpu/arena.h"
 #include "kernels/cpu/scan_state.h"
 #include "kernels/cpu/tile.h"
 #include "kernels/selective_scan.h"
@@ -14,19 +15,6 @@ inline constexpr int64_t kScanChannels = 64;
 inline constexpr int64_t kScanLd = kScanChannels + kPad;  // an odd number of cache lines: rows fall into all cache sets
 template <bool kComplex>
 inline constexpr int kBlock = kComplex ? 2 : 4;
-
-// Hands out parts of the scratch; with base == nullptr it only counts.
-template <class R>
-struct Arena {
-  R* base;
-  int64_t used = 0;
-
-  R* take(int64_t count) {
-    R* p = base + used;
-    used += padded(count);
-    return p;
-  }
-};
 
 inline int64_t selective_scan_channel_blocks(const ScanDims& dims) {  // of channels, in a group
   return (dims.d / dims.groups + kScanChannels - 1) / kScanChannels;

@@ -32,11 +32,13 @@ struct Traits;
 template <>
 struct Traits<float> {
   typedef float Vec __attribute__((vector_size(kVecBytes), aligned(4), may_alias));
+  using Lane = int32_t;
   typedef int32_t Int __attribute__((vector_size(kVecBytes)));
 };
 template <>
 struct Traits<double> {
   typedef double Vec __attribute__((vector_size(kVecBytes), aligned(8), may_alias));
+  using Lane = int64_t;
   typedef int64_t Int __attribute__((vector_size(kVecBytes)));
 };
 template <class R>

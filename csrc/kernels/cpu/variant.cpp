@@ -1,8 +1,12 @@
 // The CPU kernels for one instruction set: compiled with its flags and its name in MAMBA_ISA.
 #include "kernels/cpu/causal_conv1d.h"
 #include "kernels/cpu/isa.h"
+#include "kernels/cpu/norm.h"
 #include "kernels/cpu/selective_scan_bwd.h"
 #include "kernels/cpu/selective_scan_fwd.h"
+#include "kernels/cpu/ssd_bwd.h"
+#include "kernels/cpu/ssd_fwd.h"
+#include "kernels/cpu/state_update.h"
 
 #define MAMBA_STRING_(x) #x
 #define MAMBA_STRING(x) MAMBA_STRING_(x)
@@ -14,6 +18,11 @@ extern template void selective_scan_fwd<float>(const ScanFwd&, int64_t, int64_t,
 extern template void selective_scan_fwd<double>(const ScanFwd&, int64_t, int64_t, void*);
 extern template void selective_scan_bwd<float>(const ScanBwd&, int64_t, int64_t, void*);
 extern template void selective_scan_bwd<double>(const ScanBwd&, int64_t, int64_t, void*);
+// Compiled in variant_ssd.cpp.
+extern template void ssd_fwd<float>(const SsdFwd&, int64_t, int64_t, void*);
+extern template void ssd_fwd<double>(const SsdFwd&, int64_t, int64_t, void*);
+extern template void ssd_bwd<float>(const SsdBwd&, int64_t, int64_t, void*);
+extern template void ssd_bwd<double>(const SsdBwd&, int64_t, int64_t, void*);
 
 template <class R>
 constexpr Kernels<R> kernels() {
@@ -32,6 +41,23 @@ constexpr Kernels<R> kernels() {
       .selective_scan_reduce_units = selective_scan_reduce_units,
       .selective_scan_channel_blocks = selective_scan_channel_blocks,
       .selective_scan_reduce = selective_scan_reduce<R>,
+      .ssd_units = ssd_units<R>,
+      .ssd_fwd_scratch = ssd_fwd_scratch<R>,
+      .ssd_bwd_scratch = ssd_bwd_scratch<R>,
+      .ssd_fwd = ssd_fwd<R>,
+      .ssd_bwd = ssd_bwd<R>,
+      .ssd_combine = ssd_combine<R>,
+      .ssd_reduce_units = ssd_reduce_units,
+      .ssd_reduce = ssd_reduce<R>,
+      .rms_norm_gated_scratch = norm_scratch_bytes<R>,
+      .rms_norm_gated_fwd = rms_norm_gated_fwd<R>,
+      .rms_norm_gated_bwd = rms_norm_gated_bwd<R>,
+      .rms_norm_gated_reduce = rms_norm_gated_reduce<R>,
+      .causal_conv1d_update = causal_conv1d_update<R>,
+      .selective_state_update_scratch = scan_update_scratch_bytes<R>,
+      .selective_state_update = selective_state_update<R>,
+      .ssd_state_update_scratch = ssd_update_scratch_bytes<R>,
+      .ssd_state_update = ssd_state_update<R>,
   };
 }
 

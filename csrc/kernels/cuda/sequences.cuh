@@ -1,0 +1,41 @@
+// Where runs begin, seen from a few neighbouring tokens.
+#pragma once
+#include "kernels/cuda/load_store.cuh"
+#include "kernels/cuda/sequences.h"
+
+namespace mamba_ops::gpu {
+
+__device__ inline int64_t index_at(const IndexView& v, int64_t offset) {
+  return v.wide ? static_cast<const int64_t*>(v.data)[offset] : static_cast<const int32_t*>(v.data)[offset];
+}
+
+__device__ inline bool is_invalid(const Sequences& seqs) { return seqs.invalid && *seqs.invalid; }
+
+// Whether a run begins at token t of a row, 0 < t < l.
+__device__ inline bool begins(const Sequences& seqs, int64_t row, int64_t t) {
+  if (!seqs.id.data) return false;
+  const int64_t at = row * seqs.id.stride[0] + t * seqs.id.stride[1];
+  return index_at(seqs.id, at) != index_at(seqs.id, at - seqs.id.stride[1]);
+}
+
+// Bit i, from 1 to kTokens - 1: a run begins at token first + i, or the row ends there (token l).
+template <int kTokens>
+__device__ inline unsigned run_starts(const Sequences& seqs, int64_t row, int64_t first, int64_t l) {
+  static_assert(kTokens <= 32);
+  unsigned bits = 0;
+  if (first < 0 && first + kTokens > 0) bits |= 1u << -first;
+  if (first < l && first + kTokens > l) bits |= 1u << (l - first);
+  if (!seqs.id.data) return bits;
+#pragma unroll
+  for (int i = 1; i < kTokens; ++i)
+    if (first + i > 0 && first + i < l && begins(seqs, row, first + i)) bits |= 1u << i;
+  return bits;
+}
+
+// The row of the states that enter the run which begins at `begin`, or -1.
+__device__ inline int64_t state_row(const Sequences& seqs, int64_t row, int64_t begin) {
+  if (seqs.cu_seqlens.data) return index_at(seqs.id, begin * seqs.id.stride[1]);
+  return begin == 0 ? row : -1;
+}
+
+}  // namespace mamba_ops::gpu

@@ -1,0 +1,28 @@
+// The sequences of a call as the CUDA kernels see them: everything but sizes lies on the device, the host
+// never reads it.
+#pragma once
+#include <cstdint>
+
+namespace mamba_ops {
+
+// Integers on the device, int32 or int64; strides in elements.
+struct IndexView {
+  const void* data = nullptr;
+  bool wide = false;  // int64
+  int64_t stride[2] = {};
+};
+
+struct Sequences {
+  IndexView id;          // (b, l): a run is an unbroken stretch of one id; absent: each row is one run
+  IndexView cu_seqlens;  // (s + 1), packs only; then id[0, t] is the sequence of token t, and so its row of
+                         // the states
+  // Packs only: not 0 where cu_seqlens does not rise from 0 to l. The kernels then write NaN into every
+  // output: the host cannot raise an error about values that it does not wait for.
+  const int32_t* invalid = nullptr;
+};
+
+// From cu_seqlens of s sequences: id[t] for each of the l tokens, and id[l] for `invalid`. id is defined,
+// within [0, s), for offsets of any value. Returns nullptr, or what CUDA says went wrong.
+const char* sequence_ids_cuda(const IndexView& cu_seqlens, int64_t s, int64_t l, int32_t* id, void* stream);
+
+}  // namespace mamba_ops

@@ -1,0 +1,176 @@
+#include "kernels/norm.h"
+
+#include <algorithm>
+
+#include "ops/dispatch.h"
+#include "ops/ops.h"
+
+namespace mamba_ops {
+
+namespace {
+
+constexpr int64_t kTileValues = 8192, kTileRows = 16;
+constexpr int64_t kUnitValues = 32768, kMaxUnits = 64;  // fewer values are not worth a thread
+
+// The leading dims that remain where neighbours are merged, if the strides of all tensors allow it.
+struct Lead {
+  std::vector<int64_t> sizes;
+  std::vector<std::vector<int64_t>> strides;  // per tensor
+
+  explicit Lead(const std::vector<Tensor>& tensors) : strides(tensors.size()) {
+    const Tensor& first = tensors.front();
+    for (int64_t i = 0; i + 1 < first.dim(); ++i) {
+      const int64_t size = first.size(i);
+      if (size == 1) continue;
+      bool merge = !sizes.empty();
+      for (size_t k = 0; merge && k < tensors.size(); ++k)
+        merge = strides[k].back() == tensors[k].stride(i) * size;
+      if (merge)
+        sizes.back() *= size;
+      else
+        sizes.push_back(size);
+      for (size_t k = 0; k < tensors.size(); ++k) {
+        if (merge) strides[k].pop_back();
+        strides[k].push_back(tensors[k].stride(i));
+      }
+    }
+  }
+};
+
+// What forward and backward share. views: of the inputs, x first, then of the outputs, which are contiguous.
+struct NormCall {
+  NormFwd params;
+  std::vector<View> views;
+
+  NormCall(const Checker& check, std::vector<Tensor> inputs, const std::vector<Tensor>& outputs,
+           const Tensor& weight, double eps, int64_t group, bool norm_before_gate) {
+    const auto all = [&] {
+      std::vector<Tensor> tensors = inputs;
+      tensors.insert(tensors.end(), outputs.begin(), outputs.end());
+      return tensors;
+    };
+    Lead lead(all());
+    if (lead.sizes.size() > 3) {  // more than a View holds; with contiguous inputs every dim merges
+      for (Tensor& t : inputs) t = torch::stable::contiguous(t);
+      copies = inputs;
+      lead = Lead(all());
+    }
+    NormDims dims{{1, 1, 1}, weight.size(0), group, kTileRows, eps, norm_before_gate};
+    const size_t kept = lead.sizes.size();
+    std::copy(lead.sizes.begin(), lead.sizes.end(), dims.lead + 3 - kept);
+    bool by_rows = true;
+    for (const Tensor& t : all()) {
+      View v = view(t);
+      const std::vector<int64_t>& strides = lead.strides[views.size()];
+      const int64_t last = t.stride(t.dim() - 1);
+      for (size_t i = 0; i < 4; ++i) v.stride[i] = i == 3 ? last : i < 3 - kept ? 0 : strides[i - (3 - kept)];
+      by_rows = by_rows && last == 1;
+      views.push_back(v);
+    }
+    if (by_rows)
+      dims.tile_rows = std::clamp<int64_t>(kTileValues / padded(std::max<int64_t>(group, 1)), 1, kTileRows);
+    const int64_t rows = dims.lead[0] * dims.lead[1] * dims.lead[2];
+    const int64_t units =
+        rows * dims.d == 0 ? 0 : std::clamp<int64_t>(rows * dims.d / kUnitValues, 1, kMaxUnits);
+    params = {.dims = dims,
+              .x = {},
+              .z = {},
+              .y = {},
+              .weight = view(weight),
+              .units = std::min(units, dims.tiles())};
+    if (check.cuda()) no_cuda_kernel(check.op());
+  }
+
+ private:
+  std::vector<Tensor> copies;
+};
+
+void check_like_x(const Checker& check, const char* name, const Tensor& t, const Tensor& x) {
+  check.device(name, t);
+  check.dtype(name, t, {x.scalar_type()});
+  bool same = t.dim() == x.dim();
+  for (int64_t i = 0; same && i < x.dim(); ++i) same = t.size(i) == x.size(i);
+  if (!same)
+    fail(check.op(), std::string(name) + " must be shaped like x = " + shape_of(x) + ", got " + shape_of(t));
+}
+
+void check_norm(const Checker& check, const Tensor& x, const Tensor& weight, const OptTensor& z, double eps,
+                int64_t group) {
+  const ScalarType type = check.float_type("x", x);
+  if (x.dim() == 0) fail(check.op(), "x must be (..., d), got a tensor without dims");
+  const int64_t d = x.size(x.dim() - 1);
+  check.all("weight", weight, "(d)", {d}, {ScalarType::Float, type});
+  if (z) check_like_x(check, "z", *z, x);
+  if (!(eps >= 0)) fail(check.op(), "eps must be >= 0, got " + std::to_string(eps));
+  if (group != d && (group < 1 || d % group != 0))
+    fail(check.op(), "group_size must divide d = " + std::to_string(d) + ", got " + std::to_string(group));
+}
+
+// The backward of a group of a few values is what nearly equal terms leave over: it computes in float64.
+ScalarType bwd_arithmetic(const Tensor& x, int64_t group) {
+  return group <= 4 ? ScalarType::Double : arithmetic_type(x.scalar_type());
+}
+
+Tensor contiguous_like(const Tensor& t) { return torch::stable::new_empty(t, t.sizes(), t.scalar_type()); }
+
+}  // namespace
+
+Tensor rms_norm_gated_fwd(Tensor x, Tensor weight, OptTensor z, double eps, int64_t group_size,
+                          bool norm_before_gate) {
+  const Checker check("rms_norm_gated", x);
+  check_norm(check, x, weight, z, eps, group_size);
+  std::vector<Tensor> inputs{x};
+  if (z) inputs.push_back(*z);
+  Tensor y = contiguous_like(x);
+  NormCall call(check, inputs, {y}, weight, eps, group_size, norm_before_gate);
+  call.params.x = call.views[0];
+  if (z) call.params.z = call.views[1];
+  call.params.y = call.views.back();
+  by_arithmetic(x.scalar_type(), [&]<class R>() {
+    const Kernels<R>& k = cpu().kernels<R>();
+    for_units(call.params.units, call.params.units ? k.rms_norm_gated_scratch(call.params.dims) : 0,
+              [&](int64_t begin, int64_t end, void* memory) {
+                k.rms_norm_gated_fwd(call.params, begin, end, memory);
+              });
+  });
+  return y;
+}
+
+std::tuple<Tensor, Tensor, Tensor> rms_norm_gated_bwd(Tensor dy, Tensor x, Tensor weight, OptTensor z,
+                                                      double eps, int64_t group_size, bool norm_before_gate) {
+  const Checker check("rms_norm_gated backward", x);
+  check_norm(check, x, weight, z, eps, group_size);
+  check_like_x(check, "dy", dy, x);
+  std::vector<Tensor> inputs{x, dy};
+  Tensor dx = contiguous_like(x), dz = z ? contiguous_like(x) : none(x),
+         dweight = torch::stable::empty_like(weight);
+  std::vector<Tensor> outputs{dx};
+  if (z) {
+    inputs.push_back(*z);
+    outputs.push_back(dz);
+  }
+  NormCall call(check, inputs, outputs, weight, eps, group_size, norm_before_gate);
+  NormBwd params{.fwd = call.params,
+                 .dy = call.views[1],
+                 .dx = call.views[z ? 3 : 2],
+                 .dz = z ? call.views[4] : View{},
+                 .dweight = view(dweight),
+                 .partial = nullptr};
+  params.fwd.x = call.views[0];
+  if (z) params.fwd.z = call.views[2];
+  const NormDims& dims = params.fwd.dims;
+  const int64_t groups = dims.d == 0 ? 0 : dims.d / dims.group;
+  const ScalarType type = bwd_arithmetic(x, group_size);
+  const Tensor partial = empty({params.fwd.units, groups, padded(dims.group)}, type, x);
+  params.partial = partial.data_ptr();
+  by_arithmetic(type, [&]<class R>() {
+    const Kernels<R>& k = cpu().kernels<R>();
+    for_units(
+        params.fwd.units, params.fwd.units ? k.rms_norm_gated_scratch(dims) : 0,
+        [&](int64_t begin, int64_t end, void* memory) { k.rms_norm_gated_bwd(params, begin, end, memory); });
+    if (groups > 0) k.rms_norm_gated_reduce(params);
+  });
+  return {dx, dweight, dz};
+}
+
+}  // namespace mamba_ops

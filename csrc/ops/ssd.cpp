@@ -1,0 +1,239 @@
+#include "kernels/ssd.h"
+
+#include "ops/ops.h"
+#include "ops/segments.h"
+
+namespace mamba_ops {
+
+namespace {
+
+// Units of work: enough of them for the threads of a large machine, few enough that heads still share C B^T.
+constexpr int64_t kMaxGroups = 16, kEnough = 8, kMaxHeads = 8, kSegmentTokens = 1024;
+
+// Everything that forward and backward check, and the parameters that they share.
+struct SsdCall {
+  Checker check;
+  ScalarType type, arithmetic;
+  int64_t states;
+  SsdFwd params{};
+  std::optional<Segments> segments;
+
+  SsdCall(const char* op, const Tensor& x, const Tensor& dt, const Tensor& A, const Tensor& B, const Tensor& C,
+          const OptTensor& D, const OptTensor& z, const OptTensor& dt_bias, const OptTensor& initial_state,
+          const OptTensor& seq_idx, const OptTensor& cu_seqlens, bool softplus, double dt_min, double dt_max,
+          std::optional<int64_t> chunk_size)
+      : check(op, x), type(check.float_type("x", x)), arithmetic(arithmetic_type(type)) {
+    check.shape("x", x, "(b, l, h, p)", {-1, -1, -1, -1});
+    const int64_t b = x.size(0), l = x.size(1), h = x.size(2), p = x.size(3);
+    check.that(p >= 1 && p <= kSsdMaxWidth,
+               "x must be (b, l, h, p) with p in 1.." + std::to_string(kSsdMaxWidth) + ", got " + shape_of(x));
+    check.all("dt", dt, "(b, l, h)", {b, l, h}, {type, ScalarType::Float});
+    check.all("A", A, "(h)", {h}, {ScalarType::Float, type});
+    check.that(B.dim() == 4, "B must be (b, l, g, n), got " + shape_of(B));
+    const int64_t n = B.size(3);
+    for (const auto& [name, factor] : {std::pair("B", &B), std::pair("C", &C)}) {
+      check.all(name, *factor, "(b, l, g, n)", {b, l, -1, n}, {type, ScalarType::Float});
+      const int64_t g = factor->size(2);
+      check.that(g >= 1 && h % g == 0, std::string(name) + " must be (b, l, g, n) with g dividing h = " + std::to_string(h) +
+                                           ", got " + shape_of(*factor));
+    }
+    check.that(n >= 1 && n <= kSsdMaxWidth,
+               "B must be (b, l, g, n) with n in 1.." + std::to_string(kSsdMaxWidth) + ", got " + shape_of(B));
+    if (D) {
+      check.device("D", *D);
+      check.dtype("D", *D, {ScalarType::Float, type});
+      if (D->dim() == 2)
+        check.shape("D", *D, "(h, p)", {h, p});
+      else
+        check.shape("D", *D, "(h)", {h}, " or (h, p)");
+    }
+    if (z) check.all("z", *z, "(b, l, h, p)", {b, l, h, p}, {type, ScalarType::Float});
+    if (dt_bias) check.all("dt_bias", *dt_bias, "(h)", {h}, {ScalarType::Float, type});
+    check.that(dt_min <= dt_max, "dt_limit must be (low, high) with low <= high, got (" + std::to_string(dt_min) + ", " +
+                                     std::to_string(dt_max) + ")");
+    check.that(!chunk_size || (*chunk_size >= 1 && *chunk_size <= kSsdMaxChunk),
+               "chunk_size must be None or in 1.." + std::to_string(kSsdMaxChunk) + ", got " +
+                   std::to_string(chunk_size.value_or(0)));
+    states = check_sequences(check, b, l, seq_idx, cu_seqlens);
+    if (initial_state)
+      check.all("initial_state", *initial_state, cu_seqlens ? "(s, h, p, n)" : "(b, h, p, n)", {states, h, p, n}, {arithmetic});
+    params.dims = {.b = b, .l = l, .h = h, .p = p, .n = n, .groups_B = B.size(2), .groups_C = C.size(2),
+                   .q = chunk_size.value_or(64), .heads = 1, .softplus = softplus,
+                   .D_per_channel = D && D->dim() == 2, .dt_min = dt_min, .dt_max = dt_max};
+    params.x = view(x);
+    params.dt = view(dt);
+    params.z = view(z);
+    params.A = view(A);
+    params.dt_bias = view(dt_bias);
+    params.B = view(B);
+    params.C = view(C);
+    params.D = view(D);
+    if (check.cuda()) no_cuda_kernel(op);
+
+    const std::vector<Run> runs = sequences(check, b, l, seq_idx, cu_seqlens);
+    SsdDims& dims = params.dims;
+    if (h > 0) {  // even blocks of heads, as large as leaves enough units
+      const int64_t share = dims.sharing(), rows = std::min<int64_t>(runs.size(), kMaxGroups);
+      const int64_t most = std::clamp<int64_t>(h * rows / kEnough, 1, std::min(share, kMaxHeads));
+      dims.heads = (share + (share + most - 1) / most - 1) / ((share + most - 1) / most);
+    }
+    segments.emplace(runs, l, dims.head_blocks(), kMaxGroups, kEnough, kSegmentTokens, dims.q);
+    params.pieces = segments->pieces.view();
+  }
+
+  Tensor rows_of_states(const Tensor& device_of) const {
+    return empty({segments->count(), params.dims.h, params.dims.p, params.dims.n}, arithmetic, device_of);
+  }
+};
+
+template <class R>
+void run(const SsdFwd& params) {
+  const Kernels<R>& k = cpu().kernels<R>();
+  for_units(k.ssd_units(params.dims, params.pieces), k.ssd_fwd_scratch(params.dims),
+            [&](int64_t begin, int64_t end, void* memory) { k.ssd_fwd(params, begin, end, memory); });
+}
+
+template <class R>
+void run(const SsdBwd& params) {
+  const Kernels<R>& k = cpu().kernels<R>();
+  for_units(k.ssd_units(params.fwd.dims, params.fwd.pieces), k.ssd_bwd_scratch(params.fwd.dims, params.fwd.pieces),
+            [&](int64_t begin, int64_t end, void* memory) { k.ssd_bwd(params, begin, end, memory); });
+}
+
+template <class R>
+void combine(const SsdFwd& params, const Tensor& states, const Tensor& ends, bool reverse) {
+  for_units(params.dims.h, 0, [&](int64_t begin, int64_t end, void*) {
+    cpu().kernels<R>().ssd_combine(params, static_cast<R*>(states.data_ptr()), static_cast<const R*>(ends.data_ptr()), reverse,
+                                   begin, end);
+  });
+}
+
+// The states that enter every segment, and the pieces that start from them.
+template <class R>
+PieceList join_states(const SsdCall& call, SsdFwd& params, const Tensor& entering, const Tensor& x) {
+  const Segments& segments = *call.segments;
+  const Tensor ends = call.rows_of_states(x), logs = empty({segments.count(), params.dims.h}, call.arithmetic, x);
+  const PieceList alone = segments.alone(false);
+  SsdFwd first = params;
+  first.y = first.z = {};
+  first.states_in = nullptr;
+  first.states_out = ends.data_ptr();
+  first.log_decays = logs.data_ptr();
+  first.pieces = alone.view();
+  run<R>(first);
+  PieceList joined = segments.joined<R>(entering, params.states_in, false);
+  combine<R>(first, entering, ends, false);
+  params.states_in = entering.data_ptr();
+  params.pieces = joined.view();
+  return joined;
+}
+
+template <class R>
+void forward(const SsdCall& call, SsdFwd params, const Tensor& x) {
+  if (!call.segments->split) return run<R>(params);
+  const Tensor entering = call.rows_of_states(x);
+  const PieceList joined = join_states<R>(call, params, entering, x);
+  params.pieces = joined.view();
+  run<R>(params);
+}
+
+template <class R>
+void backward(const SsdCall& call, SsdBwd params, const Tensor& x) {
+  const Segments& segments = *call.segments;
+  if (!segments.split) return run<R>(params);
+  const Tensor entering = call.rows_of_states(x), leaving = call.rows_of_states(x), ends = call.rows_of_states(x);
+  const Tensor logs = empty({segments.count(), params.fwd.dims.h}, call.arithmetic, x);
+  PieceList joined = join_states<R>(call, params.fwd, entering, x);
+
+  const PieceList alone = segments.alone(true);
+  SsdBwd first = params;
+  first.dx = {};
+  first.dstates_out = nullptr;
+  first.dstates_in = ends.data_ptr();
+  first.fwd.log_decays = logs.data_ptr();
+  first.fwd.pieces = alone.view();
+  run<R>(first);
+  const PieceList reversed = segments.joined<R>(leaving, params.dstates_out, true);
+  combine<R>(first.fwd, leaving, ends, true);
+  // A piece enters with its row of `entering`; its gradient comes from its row of `leaving`; the run's first piece returns the
+  // gradient of the run's initial state.
+  for (int64_t k = 0; k < segments.count(); ++k) joined.pieces[k].state_out = reversed.pieces[k].state_out;
+  params.dstates_out = leaving.data_ptr();
+  const Tensor returned = call.rows_of_states(x);
+  void* wanted = params.dstates_in;
+  params.dstates_in = returned.data_ptr();
+  params.fwd.pieces = joined.view();
+  run<R>(params);
+  if (!wanted) return;
+  const int64_t size = params.fwd.dims.h * params.fwd.dims.p * params.fwd.dims.n;
+  for (int64_t k = 0; k < segments.count(); ++k) {
+    const int64_t row = segments.pieces.pieces[k].state_in;
+    if (row >= 0) std::copy_n(static_cast<const R*>(returned.data_ptr()) + k * size, size, static_cast<R*>(wanted) + row * size);
+  }
+}
+
+}  // namespace
+
+std::tuple<Tensor, Tensor> ssd_fwd(Tensor x, Tensor dt, Tensor A, Tensor B, Tensor C, OptTensor D, OptTensor z,
+                                   OptTensor dt_bias, OptTensor initial_state, OptTensor seq_idx, OptTensor cu_seqlens,
+                                   bool dt_softplus, double dt_min, double dt_max, std::optional<int64_t> chunk_size,
+                                   bool return_final_state) {
+  SsdCall call("ssd", x, dt, A, B, C, D, z, dt_bias, initial_state, seq_idx, cu_seqlens, dt_softplus, dt_min, dt_max, chunk_size);
+  const SsdDims& dims = call.params.dims;
+  Tensor y = torch::stable::empty_like(x);
+  Tensor final_state = return_final_state ? empty({call.states, dims.h, dims.p, dims.n}, call.arithmetic, x)
+                                          : empty({0}, call.arithmetic, x);
+  if (initial_state) initial_state = torch::stable::contiguous(*initial_state);
+  SsdFwd params = call.params;
+  params.y = view(y);
+  params.states_in = initial_state ? initial_state->data_ptr() : nullptr;
+  params.states_out = return_final_state ? final_state.data_ptr() : nullptr;
+  by_arithmetic(call.type, [&]<class R>() { forward<R>(call, params, x); });
+  return {y, final_state};
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> ssd_bwd(
+    Tensor dy, OptTensor dfinal_state, Tensor x, Tensor dt, Tensor A, Tensor B, Tensor C, OptTensor D, OptTensor z,
+    OptTensor dt_bias, OptTensor initial_state, OptTensor seq_idx, OptTensor cu_seqlens, bool dt_softplus, double dt_min,
+    double dt_max, std::optional<int64_t> chunk_size) {
+  SsdCall call("ssd backward", x, dt, A, B, C, D, z, dt_bias, initial_state, seq_idx, cu_seqlens, dt_softplus, dt_min, dt_max,
+               chunk_size);
+  const SsdDims& dims = call.params.dims;
+  call.check.all("dy", dy, "(b, l, h, p)", {dims.b, dims.l, dims.h, dims.p}, {call.type});
+  if (dfinal_state) {
+    call.check.all("dfinal_state", *dfinal_state, "(b, h, p, n)", {call.states, dims.h, dims.p, dims.n}, {call.arithmetic});
+    dfinal_state = torch::stable::contiguous(*dfinal_state);
+  }
+  if (initial_state) initial_state = torch::stable::contiguous(*initial_state);
+  const auto like = [&](const OptTensor& t) { return t ? torch::stable::empty_like(*t) : none(x); };
+  Tensor dx = torch::stable::empty_like(x), ddt = torch::stable::empty_like(dt), dA = torch::stable::empty_like(A);
+  Tensor dB = torch::stable::empty_like(B), dC = torch::stable::empty_like(C), dD = like(D), dz = like(z), dbias = like(dt_bias);
+  Tensor dinitial = like(initial_state);
+
+  SsdBwd params{};
+  params.fwd = call.params;
+  params.fwd.states_in = initial_state ? initial_state->data_ptr() : nullptr;
+  params.dy = view(dy);
+  params.dx = view(dx);
+  params.dz = z ? view(dz) : View{};
+  params.ddt = view(ddt);
+  params.dA = view(dA);
+  params.ddt_bias = dt_bias ? view(dbias) : View{};
+  params.dB = view(dB);
+  params.dC = view(dC);
+  params.dD = D ? view(dD) : View{};
+  params.dstates_out = dfinal_state ? dfinal_state->data_ptr() : nullptr;
+  params.dstates_in = initial_state ? dinitial.data_ptr() : nullptr;
+  const Tensor partial_BC = empty({dims.head_blocks(), dims.b, dims.l, 2 * padded(dims.n)}, call.arithmetic, x);
+  const Tensor partial_h = empty({params.fwd.pieces.groups, dims.h, padded(2) + padded(dims.p)}, call.arithmetic, x);
+  params.partial_BC = partial_BC.data_ptr();
+  params.partial_h = partial_h.data_ptr();
+  by_arithmetic(call.type, [&]<class R>() {
+    const Kernels<R>& k = cpu().kernels<R>();
+    backward<R>(call, params, x);
+    for_units(k.ssd_reduce_units(dims), 0, [&](int64_t begin, int64_t end, void*) { k.ssd_reduce(params, begin, end); });
+  });
+  return {dx, ddt, dA, dB, dC, dD, dz, dbias, dinitial};
+}
+
+}  // namespace mamba_ops
