@@ -36,6 +36,22 @@ def _lower(arg: Any, dtype: torch.dtype) -> Any:
     return arg
 
 
+def register_once_differentiable(name: str) -> None:
+    """Makes differentiating the backward operator `name` an error; torch would drop the second derivative silently."""
+
+    def refuse(ctx: Any, *grads: Any) -> Any:
+        raise RuntimeError(f"{name}: the operators of mamba_ops are once differentiable (no double backward)")
+
+    torch.library.register_autograd(f"mamba_ops::{name}", refuse)
+
+
+def state_as(op: str, state: Tensor, dtype: torch.dtype) -> Tensor:
+    """The initial state in the dtype of the arithmetic."""
+    if not (state.is_floating_point() or state.is_complex()):
+        raise TypeError(f"{op}: initial_state must be floating-point, got {state.dtype}")
+    return state.to(dtype)
+
+
 def arithmetic_dtype(dtype: torch.dtype) -> torch.dtype:
     """The dtype of states and sums for inputs of `dtype`: float64 for float64, else float32."""
     return torch.float64 if dtype == torch.float64 else torch.float32

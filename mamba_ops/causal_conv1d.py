@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ._library import is_silu, register_autocast, state_rows
+from ._library import is_silu, register_autocast, register_once_differentiable, state_rows
 
 _fwd = torch.ops.mamba_ops.causal_conv1d_fwd.default
 _bwd = torch.ops.mamba_ops.causal_conv1d_bwd.default
@@ -91,7 +91,7 @@ def _(
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-    *tensors, ctx.silu, _ = inputs
+    *tensors, ctx.silu, ctx.has_state = inputs
     ctx.save_for_backward(*tensors)
     ctx.set_materialize_grads(False)
 
@@ -99,6 +99,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
 def _backward(ctx: Any, dy: Tensor | None, dfinal_state: Tensor | None) -> tuple[Tensor | None, ...]:
     x, weight, bias, initial_state, seq_idx, cu_seqlens = ctx.saved_tensors
     dy = torch.zeros_like(x) if dy is None else dy
+    dfinal_state = dfinal_state if ctx.has_state else None
     dx, dweight, dbias, dinitial = _bwd(
         dy, dfinal_state, x, weight, bias, initial_state, seq_idx, cu_seqlens, ctx.silu
     )
@@ -116,3 +117,4 @@ def _backward(ctx: Any, dy: Tensor | None, dfinal_state: Tensor | None) -> tuple
 
 torch.library.register_autograd("mamba_ops::causal_conv1d_fwd", _backward, setup_context=_setup_context)
 register_autocast("causal_conv1d_fwd", positions=(0, 3))
+register_once_differentiable("causal_conv1d_bwd")

@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ._library import arithmetic_dtype, register_autocast, state_rows
+from ._library import arithmetic_dtype, register_autocast, register_once_differentiable, state_as, state_rows
 
 _fwd = torch.ops.mamba_ops.selective_scan_fwd.default
 _bwd = torch.ops.mamba_ops.selective_scan_bwd.default
@@ -72,7 +72,7 @@ def selective_scan(
         C = C.unsqueeze(1)
     if initial_state is not None:
         real = arithmetic_dtype(u.dtype)
-        initial_state = initial_state.to(real.to_complex() if A.is_complex() else real)
+        initial_state = state_as("selective_scan", initial_state, real.to_complex() if A.is_complex() else real)
     tensors = (u, delta, A, B, C, D, z, delta_bias, initial_state)
     save = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
     y, final_state, _ = _fwd(*tensors, seq_idx, cu_seqlens, bool(delta_softplus), return_final_state, save)
@@ -96,7 +96,7 @@ def _(
     return_final_state: bool,
     save_checkpoints: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    b, d, l = u.shape  # noqa: E741
+    b, d, l = u.shape
     n = A.shape[1]
     real = arithmetic_dtype(u.dtype)
     state = real.to_complex() if A.is_complex() else real
@@ -112,7 +112,7 @@ def _(dy: Tensor, dfinal_state: Tensor | None, u: Tensor, *rest: Any) -> tuple[T
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    *tensors, ctx.delta_softplus, _, _ = inputs
+    *tensors, ctx.delta_softplus, ctx.has_state, _ = inputs
     ctx.save_for_backward(*tensors, output[2])
     ctx.mark_non_differentiable(output[2])
     ctx.set_materialize_grads(False)
@@ -121,10 +121,11 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
 def _backward(ctx: Any, dy: Tensor | None, dfinal_state: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
     *tensors, checkpoints = ctx.saved_tensors
     dy = torch.zeros_like(tensors[0]) if dy is None else dy
-    grads = _bwd(dy, dfinal_state, *tensors, checkpoints, ctx.delta_softplus)
+    grads = _bwd(dy, dfinal_state if ctx.has_state else None, *tensors, checkpoints, ctx.delta_softplus)
     kept = (grad if given is not None else None for grad, given in zip(grads, tensors, strict=False))
     return (*kept, None, None, None, None, None)
 
 
 torch.library.register_autograd("mamba_ops::selective_scan_fwd", _backward, setup_context=_setup_context)
 register_autocast("selective_scan_fwd", positions=(0, 1, 3, 4, 6))
+register_once_differentiable("selective_scan_bwd")

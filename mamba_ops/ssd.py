@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ._library import arithmetic_dtype, register_autocast, state_rows
+from ._library import arithmetic_dtype, register_autocast, register_once_differentiable, state_as, state_rows
 
 _fwd = torch.ops.mamba_ops.ssd_fwd.default
 _bwd = torch.ops.mamba_ops.ssd_bwd.default
@@ -71,7 +71,7 @@ def ssd(
     tensor([ 4.,  8., 12.])
     """
     if initial_state is not None:
-        initial_state = initial_state.to(arithmetic_dtype(x.dtype))
+        initial_state = state_as("ssd", initial_state, arithmetic_dtype(x.dtype))
     tensors = (x, dt, A, B, C, D, z, dt_bias, initial_state, seq_idx, cu_seqlens)
     low, high = dt_limit
     y, final_state = _fwd(*tensors, bool(dt_softplus), float(low), float(high), chunk_size, return_final_state)
@@ -109,7 +109,7 @@ def _(dy: Tensor, dfinal_state: Tensor | None, x: Tensor, *rest: Any) -> tuple[T
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-    *tensors, softplus, low, high, chunk_size, _ = inputs
+    *tensors, softplus, low, high, chunk_size, ctx.has_state = inputs
     ctx.options = softplus, low, high, chunk_size
     ctx.save_for_backward(*tensors)
     ctx.set_materialize_grads(False)
@@ -118,10 +118,11 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
 def _backward(ctx: Any, dy: Tensor | None, dfinal_state: Tensor | None) -> tuple[Tensor | None, ...]:
     tensors = ctx.saved_tensors
     dy = torch.zeros_like(tensors[0]) if dy is None else dy
-    grads = _bwd(dy, dfinal_state, *tensors, *ctx.options)
+    grads = _bwd(dy, dfinal_state if ctx.has_state else None, *tensors, *ctx.options)
     kept = (grad if given is not None else None for grad, given in zip(grads, tensors, strict=False))
     return (*kept, None, None, None, None, None, None, None)
 
 
 torch.library.register_autograd("mamba_ops::ssd_fwd", _backward, setup_context=_setup_context)
 register_autocast("ssd_fwd", positions=(0, 1, 3, 4, 6))
+register_once_differentiable("ssd_bwd")

@@ -5,11 +5,14 @@
 namespace mamba_ops {
 
 inline constexpr int kConvMaxWidth = 4;
+inline constexpr int64_t kConvChannels = 64;  // of a unit of work
 
 struct ConvDims {
   int64_t b, d, l;
   int w;      // taps
   bool silu;  // else no activation
+
+  int64_t channel_blocks() const { return (d + kConvChannels - 1) / kConvChannels; }
 };
 
 struct ConvFwd {
@@ -18,6 +21,8 @@ struct ConvFwd {
   View weight, bias;                // (d, w), (d)
   View initial_state, final_state;  // (rows, d, w - 1)
   Pieces pieces;
+
+  int64_t units() const { return pieces.groups * dims.channel_blocks(); }
 };
 
 struct ConvBwd {

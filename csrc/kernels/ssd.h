@@ -11,6 +11,7 @@ inline constexpr int64_t kSsdMaxChunk = 256, kSsdMaxWidth = 256;  // of a chunk;
 // Chunks whose states the backward holds at once; longer sequences are run forward once more to find where each such
 // span begins.
 inline constexpr int64_t kSsdSpan = 32;
+inline constexpr int64_t kSsdReduceTokens = 256;  // of a unit of the second pass of the reductions
 
 struct SsdDims {
   int64_t b, l, h, p, n;
@@ -20,17 +21,10 @@ struct SsdDims {
   bool softplus, D_per_channel;
   double dt_min, dt_max;
 
-  int64_t sharing() const {  // consecutive heads that share B and C
-    int64_t a = h / groups_B, b2 = h / groups_C;
-    while (b2) {
-      const int64_t rest = a % b2;
-      a = b2;
-      b2 = rest;
-    }
-    return a;
-  }
+  int64_t sharing() const { return common_divisor(h / groups_B, h / groups_C); }  // consecutive heads that share B and C
   int64_t blocks_per_share() const { return (sharing() + heads - 1) / heads; }
   int64_t head_blocks() const { return h == 0 ? 0 : h / sharing() * blocks_per_share(); }
+  int64_t reduce_units() const { return 1 + b * ((l + kSsdReduceTokens - 1) / kSsdReduceTokens); }
 };
 
 // State rows are (rows, h, p, n) in the arithmetic type, contiguous; null: absent.
@@ -45,6 +39,8 @@ struct SsdFwd {
   void* states_out;
   void* log_decays;       // (pieces, h): sum of delta A over each piece, for the segment form; else null
   Pieces pieces;
+
+  int64_t units() const { return pieces.groups * dims.head_blocks(); }
 };
 
 struct SsdBwd {

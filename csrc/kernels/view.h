@@ -24,13 +24,22 @@ struct View {
   explicit operator bool() const { return data != nullptr; }
 };
 
+inline int64_t common_divisor(int64_t a, int64_t b) {
+  while (b) {
+    const int64_t rest = a % b;
+    a = b;
+    b = rest;
+  }
+  return a;
+}
+
 // A stretch of tokens [begin, end) of batch row `row` with nothing of another sequence in it. It lies in the
 // run [run_begin, run_end) of that row; state rows are -1 where absent.
 struct Piece {
   int64_t row, begin, end;
   int64_t run_begin, run_end;
-  int64_t state_in;   // row of the states that enter at `begin`
-  int64_t state_out;  // row that the state after `end - 1` is written to
+  int64_t state_in;   // row of the states that enter
+  int64_t state_out;  // row of the states that leave
 };
 
 // Buffers that hold rows of the arithmetic type pad them to this many values: whole vectors on every instruction set.

@@ -8,7 +8,7 @@ namespace mamba_ops {
 
 namespace {
 
-constexpr int64_t kPieceTokens = 1024, kMaxGroups = 32;
+constexpr int64_t kPieceTokens = 1024;
 
 // Everything that forward and backward check, and the parameters that they share.
 struct ConvCall {
@@ -48,7 +48,7 @@ struct ConvCall {
 void forward_cpu(const ConvCall& call, ScalarType type) {
   by_arithmetic(type, [&]<class R>() {
     const Kernels<R>& k = cpu().kernels<R>();
-    for_units(k.causal_conv1d_units(call.params.dims, call.params.pieces), k.causal_conv1d_scratch(),
+    for_units(call.params.units(), k.causal_conv1d_scratch(),
               [&](int64_t begin, int64_t end, void* memory) {
                 k.causal_conv1d_fwd(call.params, begin, end, memory);
               });
@@ -66,7 +66,7 @@ void backward_cpu(const ConvCall& call, ConvBwd& params, const Tensor& x) {
   by_arithmetic(x.scalar_type(), [&]<class R>() {
     const Kernels<R>& k = cpu().kernels<R>();
     for_units(
-        k.causal_conv1d_units(params.fwd.dims, params.fwd.pieces), k.causal_conv1d_scratch(),
+        params.fwd.units(), k.causal_conv1d_scratch(),
         [&](int64_t begin, int64_t end, void* memory) { k.causal_conv1d_bwd(params, begin, end, memory); });
     k.causal_conv1d_reduce(params);
   });

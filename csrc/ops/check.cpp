@@ -1,5 +1,6 @@
 #include "ops/check.h"
 
+#include <algorithm>
 #include <stdexcept>
 
 namespace mamba_ops {
@@ -84,18 +85,20 @@ void Checker::shape(const char* name, const Tensor& t, const char* letters, std:
 
 void Checker::dtype(const char* name, const Tensor& t, std::initializer_list<ScalarType> allowed) const {
   std::string list;
-  for (const ScalarType type : allowed) {
-    if (t.scalar_type() == type) return;
-    if (list.find(name_of(type)) == std::string::npos) list += (list.empty() ? "" : " or ") + std::string(name_of(type));
+  for (auto type = allowed.begin(); type != allowed.end(); ++type) {
+    if (t.scalar_type() == *type) return;
+    if (std::find(allowed.begin(), type, *type) == type) list += (list.empty() ? "" : " or ") + std::string(name_of(*type));
   }
   fail(op_, std::string(name) + " must be " + list + ", got " + name_of(t.scalar_type()));
 }
 
 void Checker::device(const char* name, const Tensor& t) const {
-  if (t.is_cuda() != cuda_ || t.get_device() != device_) {
-    const auto where = [](bool cuda, int index) { return cuda ? "cuda:" + std::to_string(index) : std::string("cpu"); };
-    fail(op_, std::string(name) + " must be on " + where(cuda_, device_) + " like the other tensors, got " +
-                  where(t.is_cuda(), t.get_device()));
+  if (t.is_cuda() != cuda_ || t.is_cpu() == cuda_ || t.get_device() != device_) {
+    const auto where = [](bool cuda, bool cpu, int index) {
+      return cuda ? "cuda:" + std::to_string(index) : std::string(cpu ? "cpu" : "another device");
+    };
+    fail(op_, std::string(name) + " must be on " + where(cuda_, !cuda_, device_) + " like the other tensors, got " +
+                  where(t.is_cuda(), t.is_cpu(), t.get_device()));
   }
   if (t.layout() != torch::headeronly::Layout::Strided)
     fail(op_, std::string(name) + " must be a dense (strided) tensor, got a sparse layout");

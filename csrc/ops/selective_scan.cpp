@@ -1,14 +1,13 @@
 #include "kernels/selective_scan.h"
 
+#include <algorithm>
+
+#include "ops/dispatch.h"
 #include "ops/ops.h"
-#include "ops/segments.h"
 
 namespace mamba_ops {
 
 namespace {
-
-// Partial sums over tokens exist once per group of pieces. A segment costs a second pass over its decays.
-constexpr int64_t kMaxGroups = 16, kEnough = 16, kSegmentTokens = 1024;
 
 // Everything that forward and backward check, and the parameters that they share.
 struct ScanCall {
@@ -36,10 +35,10 @@ struct ScanCall {
     const int64_t n = A.size(1);
     check.that(n >= 1 && n <= kScanMaxState,
                "A must be (d, n) with n in 1.." + std::to_string(kScanMaxState) + ", got " + shape_of(A));
-    params.dims = {.b = b, .d = d, .l = l, .n = n, .groups = 1, .complex = complex, .softplus = softplus,
+    params.dims = {.b = b, .d = d, .l = l, .n = n, .groups_B = 1, .groups_C = 1, .complex = complex, .softplus = softplus,
                    .constant_B = B.dim() == 2, .constant_C = C.dim() == 2};
-    int64_t groups = 0;
-    for (const auto& [name, factor] : {std::pair("B", &B), std::pair("C", &C)}) {
+    for (const auto& [name, factor, groups] :
+         {std::tuple("B", &B, &params.dims.groups_B), std::tuple("C", &C, &params.dims.groups_C)}) {
       check.device(name, *factor);
       if (complex)
         check.dtype(name, *factor, {complex_type});
@@ -49,12 +48,11 @@ struct ScanCall {
         check.shape(name, *factor, "(d, n)", {d, n});
         continue;
       }
-      check.shape(name, *factor, "(b, g, n, l)", {b, groups ? groups : -1, n, l}, ", or constant (d, n)");
-      groups = factor->size(1);
-      check.that(groups >= 1 && d % groups == 0, std::string(name) + " must be (b, g, n, l) with g dividing d = " +
-                                                     std::to_string(d) + ", got " + shape_of(*factor));
+      check.shape(name, *factor, "(b, g, n, l)", {b, -1, n, l}, ", or constant (d, n)");
+      *groups = factor->size(1);
+      check.that(*groups >= 1 && d % *groups == 0, std::string(name) + " must be (b, g, n, l) with g dividing d = " +
+                                                       std::to_string(d) + ", got " + shape_of(*factor));
     }
-    params.dims.groups = groups ? groups : 1;
     if (D) check.all("D", *D, "(d)", {d}, {ScalarType::Float, type});
     if (delta_bias) check.all("delta_bias", *delta_bias, "(d)", {d}, {ScalarType::Float, type});
     states = check_sequences(check, b, l, seq_idx, cu_seqlens);
@@ -70,10 +68,8 @@ struct ScanCall {
     params.delta_bias = view(delta_bias);
     if (check.cuda()) no_cuda_kernel(op);
 
-    const int64_t per_group = cpu().f32.selective_scan_units(params.dims, {nullptr, nullptr, 1});
-    segments.emplace(sequences(check, b, l, seq_idx, cu_seqlens), l, per_group, kMaxGroups, kEnough, kSegmentTokens,
-                     kScanCheckpoint);
-    params.pieces = segments->pieces.view();
+    segments.emplace(sequences(check, b, l, seq_idx, cu_seqlens), params.dims);
+    params.pieces = segments->list().view();
   }
 
   // (rows, d, n, parts) of the arithmetic type.
@@ -85,14 +81,14 @@ struct ScanCall {
 template <class R>
 void run(const ScanFwd& params) {
   const Kernels<R>& k = cpu().kernels<R>();
-  for_units(k.selective_scan_units(params.dims, params.pieces), k.selective_scan_fwd_scratch(params.dims),
+  for_units(params.units(), k.selective_scan_fwd_scratch(params.dims),
             [&](int64_t begin, int64_t end, void* memory) { k.selective_scan_fwd(params, begin, end, memory); });
 }
 
 template <class R>
 void run(const ScanBwd& params) {
   const Kernels<R>& k = cpu().kernels<R>();
-  for_units(k.selective_scan_units(params.fwd.dims, params.fwd.pieces), k.selective_scan_bwd_scratch(params.fwd.dims),
+  for_units(params.fwd.units(), k.selective_scan_bwd_scratch(params.fwd.dims),
             [&](int64_t begin, int64_t end, void* memory) { k.selective_scan_bwd(params, begin, end, memory); });
 }
 
@@ -110,7 +106,7 @@ void combine(const ScanFwd& params, const Tensor& states, const Tensor& ends, bo
 template <class R>
 void forward(const ScanCall& call, ScanFwd params, const Tensor& u) {
   const Segments& segments = *call.segments;
-  if (!segments.split) return run<R>(params);
+  if (!segments.split()) return run<R>(params);
   const Tensor entering = call.rows_of_states(u, segments.count()), ends = call.rows_of_states(u, segments.count());
   const Tensor sums = empty({segments.count(), params.dims.d}, call.arithmetic, u);
   const PieceList alone = segments.alone(false);
@@ -122,7 +118,7 @@ void forward(const ScanCall& call, ScanFwd params, const Tensor& u) {
   first.pieces = alone.view();
   run<R>(first);
 
-  const PieceList joined = segments.joined<R>(entering, params.states_in, false);
+  const PieceList joined = segments.joined(static_cast<R*>(entering.data_ptr()), entering.numel() / segments.count(), params.states_in, false);
   combine<R>(first, entering, ends, false);
   params.states_in = entering.data_ptr();
   params.pieces = joined.view();
@@ -132,7 +128,7 @@ void forward(const ScanCall& call, ScanFwd params, const Tensor& u) {
 template <class R>
 void backward(const ScanCall& call, ScanBwd params, const Tensor& u) {
   const Segments& segments = *call.segments;
-  if (!segments.split) return run<R>(params);
+  if (!segments.split()) return run<R>(params);
   const Tensor entering = call.rows_of_states(u, segments.count()), ends = call.rows_of_states(u, segments.count());
   const Tensor sums = empty({segments.count(), params.fwd.dims.d}, call.arithmetic, u);
   const PieceList alone = segments.alone(true);
@@ -144,7 +140,7 @@ void backward(const ScanCall& call, ScanBwd params, const Tensor& u) {
   first.fwd.pieces = alone.view();
   run<R>(first);
 
-  const PieceList joined = segments.joined<R>(entering, params.dstates_out, true);
+  const PieceList joined = segments.joined(static_cast<R*>(entering.data_ptr()), entering.numel() / segments.count(), params.dstates_out, true);
   combine<R>(first.fwd, entering, ends, true);
   params.dstates_out = entering.data_ptr();
   params.fwd.pieces = joined.view();
@@ -224,13 +220,13 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tenso
     const Tensor partial_A = empty({groups, kinds * dims.parts() * dims.n, padded(dims.d)}, call.arithmetic, u);
     const Tensor partial_d = empty({groups, 2, padded(dims.d)}, call.arithmetic, u);
     const bool per_step = !dims.constant_B || !dims.constant_C;
-    const Tensor partial_BC = empty({per_step ? k.selective_scan_channel_blocks(dims) : 0, dims.b * dims.groups, dims.l,
+    const Tensor partial_BC = empty({per_step ? dims.channel_blocks() : 0, dims.b, dims.l,
                                      2 * dims.parts() * padded(dims.n)}, call.arithmetic, u);
     params.partial_A = partial_A.data_ptr();
     params.partial_d = partial_d.data_ptr();
     params.partial_BC = partial_BC.data_ptr();
     backward<R>(call, params, u);
-    for_units(k.selective_scan_reduce_units(dims), 0,
+    for_units(dims.reduce_units(), 0,
               [&](int64_t begin, int64_t end, void*) { k.selective_scan_reduce(params, begin, end); });
   });
   return {du, ddelta, dA, dB, dC, dD, dz, dbias, dinitial};

@@ -1,14 +1,13 @@
 #include "kernels/ssd.h"
 
+#include <algorithm>
+
+#include "ops/dispatch.h"
 #include "ops/ops.h"
-#include "ops/segments.h"
 
 namespace mamba_ops {
 
 namespace {
-
-// Units of work: enough of them for the threads of a large machine, few enough that heads still share C B^T.
-constexpr int64_t kMaxGroups = 16, kEnough = 8, kMaxHeads = 8, kSegmentTokens = 1024;
 
 // Everything that forward and backward check, and the parameters that they share.
 struct SsdCall {
@@ -70,15 +69,8 @@ struct SsdCall {
     params.D = view(D);
     if (check.cuda()) no_cuda_kernel(op);
 
-    const std::vector<Run> runs = sequences(check, b, l, seq_idx, cu_seqlens);
-    SsdDims& dims = params.dims;
-    if (h > 0) {  // even blocks of heads, as large as leaves enough units
-      const int64_t share = dims.sharing(), rows = std::min<int64_t>(runs.size(), kMaxGroups);
-      const int64_t most = std::clamp<int64_t>(h * rows / kEnough, 1, std::min(share, kMaxHeads));
-      dims.heads = (share + (share + most - 1) / most - 1) / ((share + most - 1) / most);
-    }
-    segments.emplace(runs, l, dims.head_blocks(), kMaxGroups, kEnough, kSegmentTokens, dims.q);
-    params.pieces = segments->pieces.view();
+    segments.emplace(sequences(check, b, l, seq_idx, cu_seqlens), params.dims);
+    params.pieces = segments->list().view();
   }
 
   Tensor rows_of_states(const Tensor& device_of) const {
@@ -89,14 +81,14 @@ struct SsdCall {
 template <class R>
 void run(const SsdFwd& params) {
   const Kernels<R>& k = cpu().kernels<R>();
-  for_units(k.ssd_units(params.dims, params.pieces), k.ssd_fwd_scratch(params.dims),
+  for_units(params.units(), k.ssd_fwd_scratch(params.dims),
             [&](int64_t begin, int64_t end, void* memory) { k.ssd_fwd(params, begin, end, memory); });
 }
 
 template <class R>
 void run(const SsdBwd& params) {
   const Kernels<R>& k = cpu().kernels<R>();
-  for_units(k.ssd_units(params.fwd.dims, params.fwd.pieces), k.ssd_bwd_scratch(params.fwd.dims, params.fwd.pieces),
+  for_units(params.fwd.units(), k.ssd_bwd_scratch(params.fwd.dims, params.fwd.pieces),
             [&](int64_t begin, int64_t end, void* memory) { k.ssd_bwd(params, begin, end, memory); });
 }
 
@@ -121,7 +113,7 @@ PieceList join_states(const SsdCall& call, SsdFwd& params, const Tensor& enterin
   first.log_decays = logs.data_ptr();
   first.pieces = alone.view();
   run<R>(first);
-  PieceList joined = segments.joined<R>(entering, params.states_in, false);
+  PieceList joined = segments.joined(static_cast<R*>(entering.data_ptr()), entering.numel() / segments.count(), params.states_in, false);
   combine<R>(first, entering, ends, false);
   params.states_in = entering.data_ptr();
   params.pieces = joined.view();
@@ -130,7 +122,7 @@ PieceList join_states(const SsdCall& call, SsdFwd& params, const Tensor& enterin
 
 template <class R>
 void forward(const SsdCall& call, SsdFwd params, const Tensor& x) {
-  if (!call.segments->split) return run<R>(params);
+  if (!call.segments->split()) return run<R>(params);
   const Tensor entering = call.rows_of_states(x);
   const PieceList joined = join_states<R>(call, params, entering, x);
   params.pieces = joined.view();
@@ -140,7 +132,7 @@ void forward(const SsdCall& call, SsdFwd params, const Tensor& x) {
 template <class R>
 void backward(const SsdCall& call, SsdBwd params, const Tensor& x) {
   const Segments& segments = *call.segments;
-  if (!segments.split) return run<R>(params);
+  if (!segments.split()) return run<R>(params);
   const Tensor entering = call.rows_of_states(x), leaving = call.rows_of_states(x), ends = call.rows_of_states(x);
   const Tensor logs = empty({segments.count(), params.fwd.dims.h}, call.arithmetic, x);
   PieceList joined = join_states<R>(call, params.fwd, entering, x);
@@ -153,7 +145,7 @@ void backward(const SsdCall& call, SsdBwd params, const Tensor& x) {
   first.fwd.log_decays = logs.data_ptr();
   first.fwd.pieces = alone.view();
   run<R>(first);
-  const PieceList reversed = segments.joined<R>(leaving, params.dstates_out, true);
+  const PieceList reversed = segments.joined(static_cast<R*>(leaving.data_ptr()), leaving.numel() / segments.count(), params.dstates_out, true);
   combine<R>(first.fwd, leaving, ends, true);
   // A piece enters with its row of `entering`; its gradient comes from its row of `leaving`; the run's first piece returns the
   // gradient of the run's initial state.
@@ -167,7 +159,7 @@ void backward(const SsdCall& call, SsdBwd params, const Tensor& x) {
   if (!wanted) return;
   const int64_t size = params.fwd.dims.h * params.fwd.dims.p * params.fwd.dims.n;
   for (int64_t k = 0; k < segments.count(); ++k) {
-    const int64_t row = segments.pieces.pieces[k].state_in;
+    const int64_t row = segments.list().pieces[k].state_in;
     if (row >= 0) std::copy_n(static_cast<const R*>(returned.data_ptr()) + k * size, size, static_cast<R*>(wanted) + row * size);
   }
 }
@@ -231,7 +223,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tenso
   by_arithmetic(call.type, [&]<class R>() {
     const Kernels<R>& k = cpu().kernels<R>();
     backward<R>(call, params, x);
-    for_units(k.ssd_reduce_units(dims), 0, [&](int64_t begin, int64_t end, void*) { k.ssd_reduce(params, begin, end); });
+    for_units(dims.reduce_units(), 0, [&](int64_t begin, int64_t end, void*) { k.ssd_reduce(params, begin, end); });
   });
   return {dx, ddt, dA, dB, dC, dD, dz, dbias, dinitial};
 }

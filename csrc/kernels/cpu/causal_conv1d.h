@@ -5,20 +5,16 @@
 //
 // A unit of work owns one group of pieces and kConvChannels channels. It walks the tokens in tiles of kConvTokens rows,
 // in scratch: x with its w - 1 left neighbours | dy, gc with w - 1 right neighbours | result. c is computed again in
-// the backward, not saved. Every sum over tokens is taken in order by one unit: bitwise the same for any number of threads.
+// the backward, not saved. Every sum over tokens is taken tile by tile by one unit: bitwise the same for any number of threads.
 #pragma once
 #include "kernels/causal_conv1d.h"
 #include "kernels/cpu/tile.h"
 
 namespace mamba_ops::MAMBA_ISA {
 
-inline constexpr int64_t kConvChannels = 64, kConvTokens = 64;
+inline constexpr int64_t kConvTokens = 64;
 inline constexpr int64_t kConvRows = kConvTokens + 2 * (kConvMaxWidth - 1);
 
-template <class R>
-int64_t conv_units(const ConvDims& dims, const Pieces& pieces) {
-  return pieces.groups * ((dims.d + kConvChannels - 1) / kConvChannels);
-}
 template <class R>
 int64_t conv_scratch_bytes() {
   return (4 * kConvRows + 2 * (kConvMaxWidth + 1)) * kConvChannels * sizeof(R);
@@ -31,9 +27,8 @@ struct ConvUnit {
   R* taps;
 
   ConvUnit(const ConvFwd& p, int64_t unit, R* taps_) : taps(taps_) {
-    const int64_t blocks = (p.dims.d + kConvChannels - 1) / kConvChannels;
-    group = unit / blocks;
-    c0 = unit % blocks * kConvChannels;
+    group = unit / p.dims.channel_blocks();
+    c0 = unit % p.dims.channel_blocks() * kConvChannels;
     channels = p.dims.d - c0 < kConvChannels ? p.dims.d - c0 : kConvChannels;
     load_tile(taps, kConvChannels, p.weight, c0 * p.weight.stride[0], p.dims.w, p.weight.stride[1], channels,
               p.weight.stride[0]);
@@ -92,7 +87,7 @@ void causal_conv1d_fwd(const ConvFwd& p, int64_t unit_begin, int64_t unit_end, v
         store_tile(p.y, piece.row * p.y.stride[0] + unit.c0 * p.y.stride[1] + t0 * p.y.stride[2], t1 - t0, p.y.stride[2],
                    unit.channels, p.y.stride[1], y, kConvChannels);
       }
-      if (p.final_state && piece.state_out >= 0) {
+      if (p.final_state && piece.state_out >= 0 && piece.end == piece.run_end) {
         load_conv_input(x, p, piece, unit, piece.end - (w - 1), piece.end);
         const View& s = p.final_state;
         store_tile(s, piece.state_out * s.stride[0] + unit.c0 * s.stride[1], w - 1, s.stride[2], unit.channels, s.stride[1],
@@ -133,17 +128,18 @@ void causal_conv1d_bwd(const ConvBwd& p, int64_t unit_begin, int64_t unit_end, v
           load_tile(dy, ld, p.dy, piece.row * p.dy.stride[0] + unit.c0 * p.dy.stride[1] + lo * p.dy.stride[2], tokens,
                     p.dy.stride[2], unit.channels, p.dy.stride[1]);
         }
-        for (int64_t t = 0; t < tokens; ++t) {
-          const bool mine = lo + t >= piece.begin && lo + t < t1;  // counts once, not again as a neighbour
-          for (int64_t v = 0; v < width; v += kWidth<R>) {
+        const int64_t mine = (t1 < hi ? t1 : hi) - lo;  // the tokens after them count in the next tile
+        for (int64_t v = 0; v < width; v += kWidth<R>) {
+          Vec<R> sum[kConvMaxWidth + 1] = {};
+          for (int64_t t = 0; t < tokens; ++t) {
             Vec<R> g = load<R>(dy + t * ld + v);
             if (dims.silu) g *= silu_grad<R>(conv_at(x + t * ld, unit, dims.w, v));
             store<R>(gc + t * ld + v, g);
-            if (!mine) continue;
-            for (int k = 0; k < dims.w; ++k)
-              store<R>(sums + k * ld + v, load<R>(sums + k * ld + v) + g * load<R>(x + (t + k) * ld + v));
-            store<R>(sums + dims.w * ld + v, load<R>(sums + dims.w * ld + v) + g);
+            if (t >= mine) continue;
+            for (int k = 0; k < dims.w; ++k) sum[k] += g * load<R>(x + (t + k) * ld + v);
+            sum[dims.w] += g;
           }
+          for (int k = 0; k <= dims.w; ++k) store<R>(sums + k * ld + v, load<R>(sums + k * ld + v) + sum[k]);
         }
         for (int64_t s = t0; s < t1; ++s)  // token s of x~, before the run: the initial state
           for (int64_t v = 0; v < width; v += kWidth<R>) {

@@ -15,29 +15,23 @@ namespace mamba_ops {
 // The kernels for one type of arithmetic. Each works on units [begin, end) and needs `scratch`, private to the call.
 template <class R>
 struct Kernels {
-  int64_t (*causal_conv1d_units)(const ConvDims&, const Pieces&);
   int64_t (*causal_conv1d_scratch)();
   void (*causal_conv1d_fwd)(const ConvFwd&, int64_t begin, int64_t end, void* scratch);
   void (*causal_conv1d_bwd)(const ConvBwd&, int64_t begin, int64_t end, void* scratch);
   void (*causal_conv1d_reduce)(const ConvBwd&);
 
-  int64_t (*selective_scan_units)(const ScanDims&, const Pieces&);
   int64_t (*selective_scan_fwd_scratch)(const ScanDims&);
   int64_t (*selective_scan_bwd_scratch)(const ScanDims&);
   void (*selective_scan_fwd)(const ScanFwd&, int64_t begin, int64_t end, void* scratch);
   void (*selective_scan_bwd)(const ScanBwd&, int64_t begin, int64_t end, void* scratch);
   void (*selective_scan_combine)(const ScanFwd&, R* states, const R* ends, bool reverse, int64_t begin, int64_t end);
-  int64_t (*selective_scan_reduce_units)(const ScanDims&);
-  int64_t (*selective_scan_channel_blocks)(const ScanDims&);
   void (*selective_scan_reduce)(const ScanBwd&, int64_t begin, int64_t end);
 
-  int64_t (*ssd_units)(const SsdDims&, const Pieces&);
   int64_t (*ssd_fwd_scratch)(const SsdDims&);
   int64_t (*ssd_bwd_scratch)(const SsdDims&, const Pieces&);
   void (*ssd_fwd)(const SsdFwd&, int64_t begin, int64_t end, void* scratch);
   void (*ssd_bwd)(const SsdBwd&, int64_t begin, int64_t end, void* scratch);
   void (*ssd_combine)(const SsdFwd&, R* states, const R* ends, bool reverse, int64_t begin, int64_t end);
-  int64_t (*ssd_reduce_units)(const SsdDims&);
   void (*ssd_reduce)(const SsdBwd&, int64_t begin, int64_t end);
 
   int64_t (*rms_norm_gated_scratch)(const NormDims&);

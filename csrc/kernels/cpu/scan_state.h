@@ -40,6 +40,12 @@ MAMBA_INLINE void store_state(R* p, int64_t plane, State<R, true> s) {
   store<R>(p + plane, s.im);
 }
 
+template <class R, bool kComplex>
+MAMBA_INLINE void add_to_state(R* p, int64_t plane, State<R, kComplex> s) {
+  store<R>(p, load<R>(p) + s.re);
+  if constexpr (kComplex) store<R>(p + plane, load<R>(p + plane) + s.im);
+}
+
 // exp(dt A), A given as (log2(e) Re A, Im A).
 template <class R>
 MAMBA_INLINE State<R, false> decay(Vec<R> dt, State<R, false> A) {

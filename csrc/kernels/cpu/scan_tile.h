@@ -11,23 +11,15 @@
 
 namespace mamba_ops::MAMBA_ISA {
 
-inline constexpr int64_t kScanChannels = 64;
 inline constexpr int64_t kScanLd = kScanChannels + kPad;  // an odd number of cache lines: rows fall into all cache sets
 template <bool kComplex>
 inline constexpr int kBlock = kComplex ? 2 : 4;
 
-inline int64_t selective_scan_channel_blocks(const ScanDims& dims) {  // of channels, in a group
-  return (dims.d / dims.groups + kScanChannels - 1) / kScanChannels;
-}
-template <class R>
-int64_t selective_scan_units(const ScanDims& dims, const Pieces& pieces) {
-  return dims.d == 0 ? 0 : pieces.groups * dims.groups * selective_scan_channel_blocks(dims);
-}
-
 template <class R>
 struct ScanUnit {
   int64_t pieces;           // group of pieces
-  int64_t group, block;     // of channels, and block of channels in that group
+  int64_t block;            // of channels
+  int64_t group_B, group_C;
   int64_t c0, channels, width;
   int64_t planes;           // parts * padded(n)
   R *A, *state;             // (planes, kScanLd): A with its real part times log2(e); the state of the tile's first token
@@ -50,12 +42,14 @@ struct ScanUnit {
   // Takes unit number `unit` and loads what is the same for all of its tokens.
   void begin(const ScanFwd& p, int64_t unit) {
     const ScanDims& dims = p.dims;
-    const int64_t blocks = selective_scan_channel_blocks(dims), per_group = dims.d / dims.groups;
-    block = unit % blocks;
-    group = unit / blocks % dims.groups;
-    pieces = unit / blocks / dims.groups;
-    c0 = group * per_group + block * kScanChannels;
-    channels = per_group - block * kScanChannels < kScanChannels ? per_group - block * kScanChannels : kScanChannels;
+    const int64_t share = dims.sharing(), per_share = dims.blocks_per_share();
+    block = unit % dims.channel_blocks();
+    pieces = unit / dims.channel_blocks();
+    const int64_t end = (block / per_share + 1) * share;
+    c0 = block / per_share * share + block % per_share * kScanChannels;
+    channels = end - c0 < kScanChannels ? end - c0 : kScanChannels;
+    group_B = c0 / (dims.d / dims.groups_B);
+    group_C = c0 / (dims.d / dims.groups_C);
     width = (channels + kWidth<R> - 1) / kWidth<R> * kWidth<R>;
     load_parameter(A, dims, p.A);
     for (int64_t i = 0; i < dims.n * kScanLd; ++i) A[i] *= kLog2e<R>;
@@ -129,7 +123,7 @@ struct ScanUnit {
                     part, parts);
   }
   // Tokens [t0, t1) of B or C (b, g, n, l) -> (tokens, planes); states past n become zero.
-  void load_BC(R* dst, const ScanDims& dims, const View& v, int64_t row, int64_t t0, int64_t t1) const {
+  void load_BC(R* dst, const ScanDims& dims, const View& v, int64_t row, int64_t group, int64_t t0, int64_t t1) const {
     for (int64_t part = 0; part < dims.parts(); ++part)
       load_tile(dst + part * padded(dims.n), planes, v, row * v.stride[0] + group * v.stride[1] + t0 * v.stride[3] + part,
                 t1 - t0, v.stride[3], dims.n, v.stride[2]);

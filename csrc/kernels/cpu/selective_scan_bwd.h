@@ -9,7 +9,8 @@
 // Units, lanes and tiles: scan_tile.h, with tiles of kScanCheckpoint tokens taken right to left. A tile starts from its
 // checkpoint; for every block of states the recurrence runs forward once more, keeping a_t and h_t of the tile, and then
 // backward with lambda in registers. Sums over channels (dB, dC) are taken across lanes tile by tile into one partial
-// per block of channels; sums over tokens (dA, dD, dbias) into one partial per group of pieces; a second pass adds the partials in order.
+// per block of channels; sums over tokens (dA, dD, dbias) tile by tile into one partial per group of pieces. A second pass
+// adds the partials in order.
 #pragma once
 #include "kernels/cpu/scan_tile.h"
 
@@ -96,9 +97,7 @@ struct ScanBackward {
       A[i] = load_state<S, R>(unit.A + at0 + i * kScanLd, plane);
       A[i].re *= R(1) / kLog2e<R>;
       lam[i] = load_state<S, R>(lambda + at0 + i * kScanLd, plane);
-      gA[i] = load_state<S, R>(dA + at0 + i * kScanLd, plane);
-      if constexpr (kConstB) gB[i] = load_state<S, R>(dB + at0 + i * kScanLd, plane);
-      if constexpr (kConstC) gC[i] = load_state<S, R>(dC + at0 + i * kScanLd, plane);
+      gA[i] = gB[i] = gC[i] = S{};
     }
     for (int64_t t = tokens - 1; t >= 0; --t) {
       const int64_t at = t * kScanLd + v;
@@ -129,9 +128,9 @@ struct ScanBackward {
     }
     for (int i = 0; i < ni; ++i) {
       store_state<R>(lambda + at0 + i * kScanLd, plane, lam[i]);
-      store_state<R>(dA + at0 + i * kScanLd, plane, gA[i]);
-      if constexpr (kConstB) store_state<R>(dB + at0 + i * kScanLd, plane, gB[i]);
-      if constexpr (kConstC) store_state<R>(dC + at0 + i * kScanLd, plane, gC[i]);
+      add_to_state<R>(dA + at0 + i * kScanLd, plane, gA[i]);
+      if constexpr (kConstB) add_to_state<R>(dB + at0 + i * kScanLd, plane, gB[i]);
+      if constexpr (kConstC) add_to_state<R>(dC + at0 + i * kScanLd, plane, gC[i]);
     }
   }
 
@@ -161,8 +160,8 @@ struct ScanBackward {
     unit.load_steps(p.fwd, row, t0, t1, raw, u);
     unit.load_tokens(go, p.dy, row, t0, t1);
     if (p.fwd.z) unit.load_tokens(z, p.fwd.z, row, t0, t1);
-    if (!dims.constant_B) unit.load_BC(unit.B, dims, p.fwd.B, row, t0, t1);
-    if (!dims.constant_C) unit.load_BC(unit.C, dims, p.fwd.C, row, t0, t1);
+    if (!dims.constant_B) unit.load_BC(unit.B, dims, p.fwd.B, row, unit.group_B, t0, t1);
+    if (!dims.constant_C) unit.load_BC(unit.C, dims, p.fwd.C, row, unit.group_C, t0, t1);
     if (p.fwd.z)
       for (int64_t t = 0; t < t1 - t0; ++t)
         for (int64_t v = 0; v < unit.width; v += kWidth<R>) {
@@ -195,7 +194,7 @@ struct ScanBackward {
   void store_gradients(const ScanBwd& p, int64_t row, int64_t t0, int64_t t1) {
     for (int64_t v = 0; v < unit.width; v += kWidth<R>) {
       const Vec<R> D = load<R>(unit.D + v);
-      Vec<R> sum_D = load<R>(dD + v), sum_bias = load<R>(dbias + v);
+      Vec<R> sum_D = {}, sum_bias = {};
       for (int64_t t = 0; t < t1 - t0; ++t) {
         const int64_t at = t * kScanLd + v;
         const Vec<R> g = load<R>(go + at), x = load<R>(u + at), st = load<R>(s + at);
@@ -206,8 +205,8 @@ struct ScanBackward {
         sum_D += g * x;
         sum_bias += gdt;
       }
-      store<R>(dD + v, sum_D);
-      store<R>(dbias + v, sum_bias);
+      store<R>(dD + v, load<R>(dD + v) + sum_D);
+      store<R>(dbias + v, load<R>(dbias + v) + sum_bias);
     }
     unit.store_tokens(p.du, row, t0, t1, s);
     unit.store_tokens(p.ddelta, row, t0, t1, ddelta);
@@ -227,7 +226,7 @@ struct ScanBackward {
     using P = Packing<R>;
     const int64_t ni = P::kSums / dims.parts(), lanes = kWidth<R> / P::kPer;
     R* out = static_cast<R*>(p.partial_BC) +
-             ((((unit.block * dims.b + row) * dims.groups + unit.group) * dims.l + t0) * 2 + which) * unit.planes;
+             (((unit.block * dims.b + row) * dims.l + t0) * 2 + which) * unit.planes;
     for (int64_t t = 0; t < t1 - t0; ++t, out += 2 * unit.planes)
       for (int64_t part = 0; part < dims.parts(); ++part)
         for (int64_t i = 0; i < dims.n; ++i) {
@@ -322,10 +321,6 @@ void selective_scan_bwd(const ScanBwd& p, int64_t unit_begin, int64_t unit_end, 
 
 // Second pass of the reductions: dA, dD, ddelta_bias and constant dB, dC (unit 0), then dB and dC of kScanReduceTokens
 // tokens each.
-inline constexpr int64_t kScanReduceTokens = 256;
-inline int64_t selective_scan_reduce_units(const ScanDims& dims) {
-  return 1 + dims.b * dims.groups * ((dims.l + kScanReduceTokens - 1) / kScanReduceTokens);
-}
 template <class R>
 void selective_scan_reduce(const ScanBwd& p, int64_t unit_begin, int64_t unit_end) {
   const ScanDims& dims = p.fwd.dims;
@@ -348,18 +343,19 @@ void selective_scan_reduce(const ScanBwd& p, int64_t unit_begin, int64_t unit_en
       if (p.ddelta_bias) sum_partials(p.ddelta_bias, 0, 1, 0, dims.d, p.ddelta_bias.stride[0], sums + ld, ld, groups, 2 * ld);
       continue;
     }
-    const int64_t span = (unit - 1) % spans, group = (unit - 1) / spans % dims.groups, row = (unit - 1) / spans / dims.groups;
-    const int64_t t0 = span * kScanReduceTokens;
+    const int64_t row = (unit - 1) / spans, t0 = (unit - 1) % spans * kScanReduceTokens;
     const int64_t tokens = dims.l - t0 < kScanReduceTokens ? dims.l - t0 : kScanReduceTokens;
     for (int which = 0; which < 2; ++which) {
       if (which == 0 ? dims.constant_B : dims.constant_C) continue;
       const View& out = which == 0 ? p.dB : p.dC;
-      for (int64_t part = 0; part < dims.parts(); ++part)
-        sum_partials(out, row * out.stride[0] + group * out.stride[1] + t0 * out.stride[3] + part, tokens, out.stride[3], dims.n,
-                     out.stride[2],
-                     static_cast<const R*>(p.partial_BC) + (((row * dims.groups + group) * dims.l + t0) * 2 + which) * planes +
-                         part * padded(dims.n),
-                     2 * planes, selective_scan_channel_blocks(dims), dims.b * dims.groups * dims.l * 2 * planes);
+      const int64_t out_groups = which == 0 ? dims.groups_B : dims.groups_C, blocks = dims.channel_blocks() / out_groups;
+      for (int64_t g = 0; g < out_groups; ++g)
+        for (int64_t part = 0; part < dims.parts(); ++part)
+          sum_partials(out, row * out.stride[0] + g * out.stride[1] + t0 * out.stride[3] + part, tokens, out.stride[3], dims.n,
+                       out.stride[2],
+                       static_cast<const R*>(p.partial_BC) + (((g * blocks * dims.b + row) * dims.l + t0) * 2 + which) * planes +
+                           part * padded(dims.n),
+                       2 * planes, blocks, dims.b * dims.l * 2 * planes);
     }
   }
 }

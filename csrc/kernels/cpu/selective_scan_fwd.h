@@ -39,8 +39,8 @@ void selective_scan_fwd(const ScanFwd& p, int64_t unit_begin, int64_t unit_end, 
         t1 = (t0 / kScanTokens + 1) * kScanTokens < piece.end ? (t0 / kScanTokens + 1) * kScanTokens : piece.end;
         if (p.checkpoints && t0 % kScanCheckpoint == 0 && t0 > piece.run_begin) unit.store_checkpoint(p, piece.row, t0);
         unit.load_steps(p, piece.row, t0, t1);
-        if (!dims.constant_B) unit.load_BC(unit.B, dims, p.B, piece.row, t0, t1);
-        if (!dims.constant_C && p.y) unit.load_BC(unit.C, dims, p.C, piece.row, t0, t1);
+        if (!dims.constant_B) unit.load_BC(unit.B, dims, p.B, piece.row, unit.group_B, t0, t1);
+        if (!dims.constant_C && p.y) unit.load_BC(unit.C, dims, p.C, piece.row, unit.group_C, t0, t1);
         if (p.delta_sums)
           for (int64_t t = 0; t < t1 - t0; ++t)
             for (int64_t i = 0; i < kScanLd; ++i) sums[i] += unit.delta[t * kScanLd + i];

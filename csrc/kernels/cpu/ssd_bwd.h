@@ -9,7 +9,8 @@
 // G is the gradient of the state after the chunk, H the state before it, both (p, padded n). The form of da has no
 // cancelling terms: the gradient of the decay keeps float32 accuracy also where the decay is strong. The states H are not
 // saved by the forward: they are run again, span by span of kSsdSpan chunks. dB and dC are summed over the heads of the
-// unit in cache and leave one partial per block of heads; dA, dD, dbias one per group of pieces; a second pass adds the partials in order.
+// unit in cache and leave one partial per block of heads; dA, dD, dbias are summed chunk by chunk into one partial per group
+// of pieces. A second pass adds the partials in order.
 #pragma once
 #include "kernels/cpu/ssd_tile.h"
 
@@ -183,18 +184,24 @@ struct SsdBackward {
       prefix += sum<R>(load<R>(lanes_k + t * kWidth<R>));
     }
 
+    for (int64_t v = 0; v < ldp; v += kWidth<R>) {
+      Vec<R> sum_D = {};
+      for (int64_t t = 0; t < len; ++t) sum_D += load<R>(go + t * ldp + v) * load<R>(x + t * ldp + v);
+      store<R>(dD + head * ldp + v, load<R>(dD + head * ldp + v) + sum_D);
+    }
+    R sum_A = 0;
     for (int64_t t = 0; t < len; ++t) {
       Vec<R> dot = {};
       for (int64_t v = 0; v < ldp; v += kWidth<R>) {
         const int64_t at = t * ldp + v;
-        const Vec<R> g = load<R>(go + at), dx = load<R>(dX + at), in = load<R>(x + at);
-        dot += in * dx;
-        store<R>(dD + head * ldp + v, load<R>(dD + head * ldp + v) + g * in);
-        store<R>(dX + at, s.delta[t] * dx + load<R>(D + v) * g);
+        const Vec<R> dx = load<R>(dX + at);
+        dot += load<R>(x + at) * dx;
+        store<R>(dX + at, s.delta[t] * dx + load<R>(D + v) * load<R>(go + at));
       }
       ddelta[t] = sum<R>(dot) + s.A * da[t];
-      dA[head] += s.delta[t] * da[t];
+      sum_A += s.delta[t] * da[t];
     }
+    dA[head] += sum_A;
     unit.store_tokens(p.dx, piece.row, t0, t1, head, dims.p, dX);
     store_step_gradients(p, piece.row, t0, t1, head);
 
@@ -224,7 +231,9 @@ struct SsdBackward {
       if (dims.softplus) g *= softplus_grad<R>(raw);
       store<R>(ddelta + v, step < lo ? Vec<R>{} : (step > hi ? Vec<R>{} : g));
     }
-    for (int64_t t = 0; t < len; ++t) dbias[head] += ddelta[t];
+    R sum_bias = 0;
+    for (int64_t t = 0; t < len; ++t) sum_bias += ddelta[t];
+    dbias[head] += sum_bias;
     store_tile(p.ddt, row * p.ddt.stride[0] + t0 * p.ddt.stride[1] + (unit.head0 + head) * p.ddt.stride[2], 1, 0, len,
                p.ddt.stride[1], ddelta, unit.ldq);
   }
@@ -333,10 +342,6 @@ void ssd_bwd(const SsdBwd& p, int64_t unit_begin, int64_t unit_end, void* scratc
 }
 
 // Second pass of the reductions: dA, ddt_bias and dD (unit 0), then dB and dC of kSsdReduceTokens tokens each.
-inline constexpr int64_t kSsdReduceTokens = 256;
-inline int64_t ssd_reduce_units(const SsdDims& dims) {
-  return 1 + dims.b * ((dims.l + kSsdReduceTokens - 1) / kSsdReduceTokens);
-}
 template <class R>
 void ssd_reduce(const SsdBwd& p, int64_t unit_begin, int64_t unit_end) {
   const SsdDims& dims = p.fwd.dims;

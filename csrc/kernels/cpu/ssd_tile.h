@@ -11,11 +11,6 @@
 
 namespace mamba_ops::MAMBA_ISA {
 
-template <class R>
-int64_t ssd_units(const SsdDims& dims, const Pieces& pieces) {
-  return pieces.groups * dims.head_blocks();
-}
-
 // Values of one head for the tokens of a chunk.
 template <class R>
 struct SsdSteps {

@@ -150,24 +150,24 @@ __global__ void __launch_bounds__(kConvThreads, 3)
 constexpr int kReduceColumns = 32, kReduceRows = 8;
 
 // dweight and dbias: thread (column, row) of a block adds the groups row, row + 8, ... of its column, and the
-// first row adds the 8 sums.
+// first row adds the 8 sums. In double: a long sequence has thousands of groups, and these are few additions.
 template <class R>
 __global__ void __launch_bounds__(kReduceColumns* kReduceRows)
     conv_reduce(const ConvBwd p, const Sequences seqs, int64_t groups) {
-  __shared__ R s_sums[kReduceRows][kReduceColumns];
+  __shared__ double s_sums[kReduceRows][kReduceColumns];
   const int64_t d = p.fwd.dims.d, w = p.fwd.dims.w, ld = padded(d);
   const int column = threadIdx.x % kReduceColumns, first = threadIdx.x / kReduceColumns;
   const int64_t tiles = (d + kReduceColumns - 1) / kReduceColumns;
   const int64_t k = blockIdx.x / tiles, c = blockIdx.x % tiles * kReduceColumns + column;
   const R* from = static_cast<const R*>(p.partial) + k * ld + c;
-  R total = 0;
+  double total = 0;
   if (c < d)
     for (int64_t g = first; g < groups; g += kReduceRows) total += from[g * (w + 1) * ld];
   s_sums[first][column] = total;
   __syncthreads();
   if (first != 0 || c >= d) return;
   for (int row = 1; row < kReduceRows; ++row) total += s_sums[row][column];
-  if (is_invalid(seqs)) total = R(NAN);
+  if (is_invalid(seqs)) total = NAN;
   if (k < w)
     store_one(p.dweight, c * p.dweight.stride[0] + k * p.dweight.stride[1], total);
   else if (p.dbias.data)
@@ -194,6 +194,7 @@ __device__ R input_grad_at(const ConvBwd& p, const EdgeRun& run, int64_t c, int6
   const int w = p.fwd.dims.w;
   const View& weight = p.fwd.weight;
   R grad = 0;
+#pragma unroll 1
   for (int m = 0; m < w; ++m)
     if (t + m >= run.begin && t + m < run.end)
       grad += load_one<R>(weight, c * weight.stride[0] + (w - 1 - m) * weight.stride[1]) *
