@@ -25,7 +25,8 @@ def build_requirements() -> list[str]:
     if WITH_CUDA == "WHEEL":
         if not HAS_TORCH:
             sys.exit("MAMBA_OPS_WITH_CUDA=WHEEL needs torch in the environment first: pip install torch")
-        need += [f"nvidia-{part}==13.0.*" for part in ("cuda-nvcc", "cuda-crt", "nvvm", "cuda-cccl", "cuda-runtime")]
+        parts = ("cuda-nvcc", "cuda-crt", "nvvm", "cuda-cccl", "cuda-runtime")
+        need += [f"nvidia-{part}==13.0.*" for part in parts]
     return need
 
 
@@ -45,7 +46,7 @@ class CMakeBuild(build_ext):
         cmake, ninja = tool("cmake"), tool("ninja")
         configure = [
             cmake, "-S", str(ROOT), "-B", str(build), "-GNinja",
-            f"-DCMAKE_MAKE_PROGRAM={ninja}",  # an isolated build leaves the path of a vanished one in the cache
+            f"-DCMAKE_MAKE_PROGRAM={ninja}",  # always named: the one in the cache may be gone
             "-DCMAKE_BUILD_TYPE=Release",
             f"-DPython_EXECUTABLE={sys.executable}",
             f"-DMAMBA_OPS_WITH_CUDA={WITH_CUDA}",

@@ -1,10 +1,49 @@
 """The Mamba-1 selective scan and the Mamba-2 chunked SSD as torch operators with C++ and CUDA kernels."""
 
-import torch  # noqa: F401  loads libtorch, which libmamba_ops.so finds by its soname
+import torch  # first: libmamba_ops.so finds libtorch by its soname
 
 from . import _C, reference
 from .causal_conv1d import causal_conv1d
+from .nn import Mamba, Mamba2, RMSNormGated
 from .norm import rms_norm_gated
 from .selective_scan import selective_scan
-from .state_update import causal_conv1d_update, selective_state_update, ssd_state_update
 from .ssd import ssd
+from .state_update import causal_conv1d_update, selective_state_update, ssd_state_update
+
+__all__ = [
+    "Mamba",
+    "Mamba2",
+    "RMSNormGated",
+    "__version__",
+    "build_info",
+    "causal_conv1d",
+    "causal_conv1d_update",
+    "plan",
+    "reference",
+    "rms_norm_gated",
+    "selective_scan",
+    "selective_state_update",
+    "ssd",
+    "ssd_state_update",
+]
+
+__version__ = _C.build_info()["version"]
+build_info = _C.build_info
+
+
+def plan(op: str, device: str = "cpu", dtype: torch.dtype = torch.float32, **sizes: int) -> dict[str, str]:
+    """What a call would run: the kernel, the type of its arithmetic, and how it cuts the work.
+
+    Args:
+        op: the operator's name, such as "ssd".
+        device: "cpu" or "cuda".
+        dtype: of the inputs.
+        **sizes: the call's sizes by their letters (b, l, d, h, p, n, g, q).
+
+    Raises:
+        ValueError: an unknown operator.
+
+    >>> plan("ssd", b=1, l=2048, h=24, p=64, n=128)["chunk_size"]
+    '64'
+    """
+    return _C.plan(op, device, str(dtype).removeprefix("torch."), sizes)

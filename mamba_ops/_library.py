@@ -1,18 +1,20 @@
 """What the operator modules share: autocast registration and small argument helpers."""
 
-from collections.abc import Iterable
-from typing import Any
+from collections.abc import Callable, Iterable
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
-_library = torch.library.Library("mamba_ops", "FRAGMENT")
+F = TypeVar("F", bound=Callable[..., Any])
+
+_library = torch.library.Library("mamba_ops", "FRAGMENT")  # type: ignore[no-untyped-call]
 
 
 def register_autocast(name: str, positions: Iterable[int]) -> None:
-    """Under ``torch.autocast`` casts the arguments at `positions` to its dtype; parameters and states keep theirs.
+    """Under ``torch.autocast`` casts the arguments at `positions` to its dtype; the others keep theirs.
 
-    ``torch.library.register_autocast`` would cast every floating-point argument, decay rates and states included.
+    ``torch.library.register_autocast`` would cast every argument, decay rates and states included.
     """
     op = getattr(torch.ops.mamba_ops, name).default
     chosen = frozenset(positions)
@@ -24,7 +26,7 @@ def register_autocast(name: str, positions: Iterable[int]) -> None:
             with torch.autocast(device, enabled=False):
                 return op(*cast)
 
-        _library.impl(name, kernel, f"Autocast{device.upper()}")
+        _library.impl(name, kernel, f"Autocast{device.upper()}")  # type: ignore[no-untyped-call]
 
     register("cpu")
     register("cuda")
@@ -36,8 +38,18 @@ def _lower(arg: Any, dtype: torch.dtype) -> Any:
     return arg
 
 
+def register_fake(name: str) -> Callable[[F], F]:
+    """Registers the decorated function as the shapes, dtypes and layouts that operator `name` returns."""
+
+    def register(function: F) -> F:
+        torch.library.register_fake(f"mamba_ops::{name}", function)
+        return function
+
+    return register
+
+
 def register_once_differentiable(name: str) -> None:
-    """Makes differentiating the backward operator `name` an error; torch would drop the second derivative silently."""
+    """Makes differentiating the backward operator `name` an error; torch would drop the result silently."""
 
     def refuse(ctx: Any, *grads: Any) -> Any:
         raise RuntimeError(f"{name}: the operators of mamba_ops are once differentiable (no double backward)")

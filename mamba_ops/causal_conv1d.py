@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ._library import is_silu, register_autocast, register_once_differentiable, state_rows
+from ._library import is_silu, register_autocast, register_fake, register_once_differentiable, state_rows
 
 _fwd = torch.ops.mamba_ops.causal_conv1d_fwd.default
 _bwd = torch.ops.mamba_ops.causal_conv1d_bwd.default
@@ -28,18 +28,22 @@ def causal_conv1d(
     `initial_state`, or are zero.
 
     Args:
-        x: (b, d, l), float32, bfloat16, float16 or float64; any strides ((b, l, d) memory transposed is as good).
+        x: (b, d, l), float32, bfloat16, float16 or float64; any strides ((b, l, d) memory transposed is as
+            good).
         weight: (d, w) with w in 2..4, x's dtype or float32. The last tap meets the current token.
         bias: (d), dtype as for weight.
         activation: None, "silu" or "swish" (the same).
-        initial_state: (b, d, w - 1), x's dtype: the inputs before the first token; (s, d, w - 1) with cu_seqlens.
-        seq_idx: (b, l) integers; taps reach only tokens in an unbroken stretch of the same id. The initial state enters
-            the first stretch of a row, the final state is that of the last one.
-        cu_seqlens: (s + 1) offsets from 0 to l of s sequences packed in one row (b = 1), each with states of its own.
+        initial_state: (b, d, w - 1), x's dtype: the inputs before the first token; (s, d, w - 1) with
+            cu_seqlens.
+        seq_idx: (b, l) integers; taps reach only tokens in an unbroken stretch of the same id. The initial
+            state enters the first stretch of a row, the final state is that of the last one.
+        cu_seqlens: (s + 1) offsets from 0 to l of s sequences packed in one row (b = 1), each with states
+            of its own.
         return_final_state: also return the last w - 1 inputs of each row or packed sequence.
 
     Returns:
-        y (b, d, l) in x's dtype and layout; with return_final_state the pair (y, final_state (b or s, d, w - 1)).
+        y (b, d, l) in x's dtype and layout; with return_final_state the pair (y, final_state (b or s, d, w
+        - 1)).
 
     Raises:
         RuntimeError: shapes, dtypes, devices or offsets disagree (the message names the argument).
@@ -56,7 +60,7 @@ def causal_conv1d(
     return (y, final_state) if return_final_state else y
 
 
-@torch.library.register_fake("mamba_ops::causal_conv1d_fwd")
+@register_fake("causal_conv1d_fwd")
 def _(
     x: Tensor,
     weight: Tensor,
@@ -72,7 +76,7 @@ def _(
     return torch.empty_like(x), x.new_empty(states if return_final_state else (0,))
 
 
-@torch.library.register_fake("mamba_ops::causal_conv1d_bwd")
+@register_fake("causal_conv1d_bwd")
 def _(
     dy: Tensor,
     dfinal_state: Tensor | None,

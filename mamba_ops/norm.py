@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ._library import register_autocast, register_once_differentiable
+from ._library import register_autocast, register_fake, register_once_differentiable
 
 _fwd = torch.ops.mamba_ops.rms_norm_gated_fwd.default
 _bwd = torch.ops.mamba_ops.rms_norm_gated_bwd.default
@@ -50,12 +50,12 @@ def rms_norm_gated(
     return y
 
 
-@torch.library.register_fake("mamba_ops::rms_norm_gated_fwd")
+@register_fake("rms_norm_gated_fwd")
 def _(x: Tensor, *_: Any) -> Tensor:
     return x.new_empty(x.shape)
 
 
-@torch.library.register_fake("mamba_ops::rms_norm_gated_bwd")
+@register_fake("rms_norm_gated_bwd")
 def _(dy: Tensor, x: Tensor, weight: Tensor, z: Tensor | None, *_: Any) -> tuple[Tensor, Tensor, Tensor]:
     return x.new_empty(x.shape), torch.empty_like(weight), x.new_empty(0 if z is None else x.shape)
 

@@ -5,7 +5,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ._library import arithmetic_dtype, register_autocast, register_once_differentiable, state_as, state_rows
+from ._library import (
+    arithmetic_dtype,
+    register_autocast,
+    register_fake,
+    register_once_differentiable,
+    state_as,
+    state_rows,
+)
 
 _fwd = torch.ops.mamba_ops.selective_scan_fwd.default
 _bwd = torch.ops.mamba_ops.selective_scan_bwd.default
@@ -37,24 +44,29 @@ def selective_scan(
         y[t] = o[t] * silu(z[t]) if z is given else o[t]
 
     Args:
-        u: (b, d, l), float32, bfloat16, float16 or float64; any strides ((b, l, d) memory transposed is as good).
-        delta: (b, d, l), u's dtype or float32. Step sizes before bias and softplus; after them they should be > 0.
-        A: (d, n), u's dtype or float32, negative: decay rates; or complex64 (complex128 for float64) with a negative
-            real part, the states then standing for one of each conjugate pair.
-        B, C: (b, n, l), (b, g, n, l) with g dividing d, or constant (d, n), each; u's dtype or float32, complex if A is.
+        u: (b, d, l), float32, bfloat16, float16 or float64; any strides ((b, l, d) memory transposed is as
+            good).
+        delta: (b, d, l), u's dtype or float32. Step sizes before bias and softplus; after them they should
+            be > 0.
+        A: (d, n), u's dtype or float32, negative: decay rates; or complex64 (complex128 for float64) with a
+            negative real part, the states then standing for one of each conjugate pair.
+        B, C: (b, n, l), (b, g, n, l) with g dividing d, or constant (d, n), each; u's dtype or float32,
+            complex if A is.
         D: (d), u's dtype or float32. The skip connection.
         z: (b, d, l), u's dtype or float32. The gate.
         delta_bias: (d), u's dtype or float32.
         delta_softplus: apply softplus (the identity above 20) to the steps.
         initial_state: (b, d, n), or (s, d, n) with cu_seqlens; any floating dtype (complex if A is).
-        seq_idx: (b, l) integers: the state is reset where neighbours differ. The initial state enters the first stretch of a
-            row, the final state is that of the last one.
-        cu_seqlens: (s + 1) offsets from 0 to l of s sequences packed in one row (b = 1), each with states of its own.
+        seq_idx: (b, l) integers: the state is reset where neighbours differ. The initial state enters the
+            first stretch of a row, the final state is that of the last one.
+        cu_seqlens: (s + 1) offsets from 0 to l of s sequences packed in one row (b = 1), each with states
+            of its own.
         return_final_state: also return the state after the last token.
 
     Returns:
-        y (b, d, l) in u's dtype and layout; with return_final_state the pair (y, final_state), the state in float32
-        (float64 for float64 inputs, complex if A is). Every floating input and the states are differentiable.
+        y (b, d, l) in u's dtype and layout; with return_final_state the pair (y, final_state), the state in
+        float32 (float64 for float64 inputs, complex if A is). Every floating input and the states are
+        differentiable.
 
     Raises:
         RuntimeError: shapes, dtypes, devices or offsets disagree (the message names the argument).
@@ -72,14 +84,16 @@ def selective_scan(
         C = C.unsqueeze(1)
     if initial_state is not None:
         real = arithmetic_dtype(u.dtype)
-        initial_state = state_as("selective_scan", initial_state, real.to_complex() if A.is_complex() else real)
+        initial_state = state_as(
+            "selective_scan", initial_state, real.to_complex() if A.is_complex() else real
+        )
     tensors = (u, delta, A, B, C, D, z, delta_bias, initial_state)
     save = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
     y, final_state, _ = _fwd(*tensors, seq_idx, cu_seqlens, bool(delta_softplus), return_final_state, save)
     return (y, final_state) if return_final_state else y
 
 
-@torch.library.register_fake("mamba_ops::selective_scan_fwd")
+@register_fake("selective_scan_fwd")
 def _(
     u: Tensor,
     delta: Tensor,
@@ -105,7 +119,7 @@ def _(
     return torch.empty_like(u), u.new_empty(states, dtype=state), u.new_empty(checkpoints, dtype=real)
 
 
-@torch.library.register_fake("mamba_ops::selective_scan_bwd")
+@register_fake("selective_scan_bwd")
 def _(dy: Tensor, dfinal_state: Tensor | None, u: Tensor, *rest: Any) -> tuple[Tensor, ...]:
     # rest: delta, A, B, C, D, z, delta_bias, initial_state, then what has no gradient
     return (torch.empty_like(u), *(u.new_empty(0) if t is None else torch.empty_like(t) for t in rest[:8]))

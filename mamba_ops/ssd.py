@@ -6,7 +6,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ._library import arithmetic_dtype, register_autocast, register_once_differentiable, state_as, state_rows
+from ._library import (
+    arithmetic_dtype,
+    register_autocast,
+    register_fake,
+    register_once_differentiable,
+    state_as,
+    state_rows,
+)
 
 _fwd = torch.ops.mamba_ops.ssd_fwd.default
 _bwd = torch.ops.mamba_ops.ssd_bwd.default
@@ -42,7 +49,8 @@ def ssd(
         x: (b, l, h, p) with p in 1..256, float32, bfloat16, float16 or float64; any strides.
         dt: (b, l, h), x's dtype or float32. Step sizes before bias, softplus and limits.
         A: (h), x's dtype or float32, negative: decay rates.
-        B: (b, l, gB, n) with n in 1..256 and gB dividing h; x's dtype or float32. Head k reads group k // (h / gB).
+        B: (b, l, gB, n) with n in 1..256 and gB dividing h; x's dtype or float32. Head k reads group k //
+            (h / gB).
         C: (b, l, gC, n), likewise; gC may differ from gB.
         D: (h) or (h, p), x's dtype or float32. The skip connection.
         z: (b, l, h, p), x's dtype or float32. The gate.
@@ -51,14 +59,15 @@ def ssd(
         dt_limit: (low, high) between which the steps are clamped, after softplus.
         chunk_size: tokens per chunk, 1..256; None picks a good one. Results differ by rounding alone.
         initial_state: (b, h, p, n), or (s, h, p, n) with cu_seqlens; any floating dtype.
-        seq_idx: (b, l) integers: the state is reset where neighbours differ. The initial state enters the first stretch of a
-            row, the final state is that of the last one.
-        cu_seqlens: (s + 1) offsets from 0 to l of s sequences packed in one row (b = 1), each with states of its own.
+        seq_idx: (b, l) integers: the state is reset where neighbours differ. The initial state enters the
+            first stretch of a row, the final state is that of the last one.
+        cu_seqlens: (s + 1) offsets from 0 to l of s sequences packed in one row (b = 1), each with states
+            of its own.
         return_final_state: also return the state after the last token.
 
     Returns:
-        y (b, l, h, p) in x's dtype; with return_final_state the pair (y, final_state), the state in float32 (float64 for
-        float64 inputs). Every floating input and the states are differentiable.
+        y (b, l, h, p) in x's dtype; with return_final_state the pair (y, final_state), the state in float32
+        (float64 for float64 inputs). Every floating input and the states are differentiable.
 
     Raises:
         RuntimeError: shapes, dtypes, devices, limits or offsets disagree (the message names the argument).
@@ -74,11 +83,13 @@ def ssd(
         initial_state = state_as("ssd", initial_state, arithmetic_dtype(x.dtype))
     tensors = (x, dt, A, B, C, D, z, dt_bias, initial_state, seq_idx, cu_seqlens)
     low, high = dt_limit
-    y, final_state = _fwd(*tensors, bool(dt_softplus), float(low), float(high), chunk_size, return_final_state)
+    y, final_state = _fwd(
+        *tensors, bool(dt_softplus), float(low), float(high), chunk_size, return_final_state
+    )
     return (y, final_state) if return_final_state else y
 
 
-@torch.library.register_fake("mamba_ops::ssd_fwd")
+@register_fake("ssd_fwd")
 def _(
     x: Tensor,
     dt: Tensor,
@@ -102,7 +113,7 @@ def _(
     return torch.empty_like(x), x.new_empty(states, dtype=arithmetic_dtype(x.dtype))
 
 
-@torch.library.register_fake("mamba_ops::ssd_bwd")
+@register_fake("ssd_bwd")
 def _(dy: Tensor, dfinal_state: Tensor | None, x: Tensor, *rest: Any) -> tuple[Tensor, ...]:
     # rest: dt, A, B, C, D, z, dt_bias, initial_state, then what has no gradient
     return (torch.empty_like(x), *(x.new_empty(0) if t is None else torch.empty_like(t) for t in rest[:8]))

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ._library import is_silu, register_autocast
+from ._library import is_silu, register_autocast, register_fake
 
 _conv = torch.ops.mamba_ops.causal_conv1d_update.default
 _scan = torch.ops.mamba_ops.selective_state_update.default
@@ -165,13 +165,13 @@ def _prepare(op: str, state: Tensor, *inputs: Tensor | None) -> None:
         torch.autograd.graph.increment_version(state)
 
 
-@torch.library.register_fake("mamba_ops::causal_conv1d_update")
+@register_fake("causal_conv1d_update")
 def _(x: Tensor, *_: Any) -> Tensor:
     return torch.empty_like(x)
 
 
-@torch.library.register_fake("mamba_ops::selective_state_update")
-@torch.library.register_fake("mamba_ops::ssd_state_update")
+@register_fake("selective_state_update")
+@register_fake("ssd_state_update")
 def _(state: Tensor, x: Tensor, *_: Any) -> Tensor:
     return torch.empty_like(x)
 

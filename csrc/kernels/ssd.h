@@ -7,6 +7,7 @@
 
 namespace mamba_ops {
 
+inline constexpr int64_t kSsdChunk = 64;                           // the chunk_size of choice
 inline constexpr int64_t kSsdMaxChunk = 256, kSsdMaxWidth = 256;  // of a chunk; of p and n
 // Chunks whose states the backward holds at once; longer sequences are run forward once more to find where each such
 // span begins.

@@ -57,7 +57,7 @@ struct SsdCall {
     if (initial_state)
       check.all("initial_state", *initial_state, cu_seqlens ? "(s, h, p, n)" : "(b, h, p, n)", {states, h, p, n}, {arithmetic});
     params.dims = {.b = b, .l = l, .h = h, .p = p, .n = n, .groups_B = B.size(2), .groups_C = C.size(2),
-                   .q = chunk_size.value_or(64), .heads = 1, .softplus = softplus,
+                   .q = chunk_size.value_or(kSsdChunk), .heads = 1, .softplus = softplus,
                    .D_per_channel = D && D->dim() == 2, .dt_min = dt_min, .dt_max = dt_max};
     params.x = view(x);
     params.dt = view(dt);
