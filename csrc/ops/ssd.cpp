@@ -79,17 +79,24 @@ struct SsdCall {
 };
 
 template <class R>
-void run(const SsdFwd& params) {
+const SsdKernels& kernels_for(const SsdFwd& params) {
   const Kernels<R>& k = cpu().kernels<R>();
-  for_units(params.units(), k.ssd_fwd_scratch(params.dims),
-            [&](int64_t begin, int64_t end, void* memory) { k.ssd_fwd(params, begin, end, memory); });
+  const bool bf16 = params.x.dtype == DType::bf16 && params.B.dtype == DType::bf16 && params.C.dtype == DType::bf16;
+  return bf16 ? k.ssd_bf16 : k.ssd;
+}
+
+template <class R>
+void run(const SsdFwd& params) {
+  const SsdKernels& k = kernels_for<R>(params);
+  for_units(params.units(), k.fwd_scratch(params.dims),
+            [&](int64_t begin, int64_t end, void* memory) { k.fwd(params, begin, end, memory); });
 }
 
 template <class R>
 void run(const SsdBwd& params) {
-  const Kernels<R>& k = cpu().kernels<R>();
-  for_units(params.fwd.units(), k.ssd_bwd_scratch(params.fwd.dims, params.fwd.pieces),
-            [&](int64_t begin, int64_t end, void* memory) { k.ssd_bwd(params, begin, end, memory); });
+  const SsdKernels& k = kernels_for<R>(params.fwd);
+  for_units(params.fwd.units(), k.bwd_scratch(params.fwd.dims, params.fwd.pieces),
+            [&](int64_t begin, int64_t end, void* memory) { k.bwd(params, begin, end, memory); });
 }
 
 template <class R>

@@ -16,6 +16,9 @@ extern const CpuTable table;
 namespace avx512 {
 extern const CpuTable table;
 }
+namespace avx512bf16 {
+extern const CpuTable table;
+}
 #endif
 
 namespace {
@@ -25,6 +28,9 @@ std::vector<const CpuTable*> runnable() {
 #ifdef MAMBA_HAS_avx512
   if (__builtin_cpu_supports("x86-64-v3")) tables.push_back(&avx2::table);
   if (__builtin_cpu_supports("x86-64-v4")) tables.push_back(&avx512::table);
+  // Where there is AMX, the bfloat16 dot product of AVX-512 is slower than float32 arithmetic.
+  if (__builtin_cpu_supports("avx512bf16") && !__builtin_cpu_supports("amx-bf16"))
+    tables.push_back(&avx512bf16::table);
 #endif
   return tables;
 }

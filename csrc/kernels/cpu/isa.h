@@ -12,6 +12,13 @@
 
 namespace mamba_ops {
 
+struct SsdKernels {
+  int64_t (*fwd_scratch)(const SsdDims&);
+  int64_t (*bwd_scratch)(const SsdDims&, const Pieces&);
+  void (*fwd)(const SsdFwd&, int64_t begin, int64_t end, void* scratch);
+  void (*bwd)(const SsdBwd&, int64_t begin, int64_t end, void* scratch);
+};
+
 // The kernels for one type of arithmetic. Each works on units [begin, end) and needs `scratch`, private to the call.
 template <class R>
 struct Kernels {
@@ -27,10 +34,8 @@ struct Kernels {
   void (*selective_scan_combine)(const ScanFwd&, R* states, const R* ends, bool reverse, int64_t begin, int64_t end);
   void (*selective_scan_reduce)(const ScanBwd&, int64_t begin, int64_t end);
 
-  int64_t (*ssd_fwd_scratch)(const SsdDims&);
-  int64_t (*ssd_bwd_scratch)(const SsdDims&, const Pieces&);
-  void (*ssd_fwd)(const SsdFwd&, int64_t begin, int64_t end, void* scratch);
-  void (*ssd_bwd)(const SsdBwd&, int64_t begin, int64_t end, void* scratch);
+  const SsdKernels& ssd;
+  const SsdKernels& ssd_bf16;  // for bfloat16 inputs: their products may be taken in bfloat16
   void (*ssd_combine)(const SsdFwd&, R* states, const R* ends, bool reverse, int64_t begin, int64_t end);
   void (*ssd_reduce)(const SsdBwd&, int64_t begin, int64_t end);
 

@@ -16,9 +16,9 @@
 
 namespace mamba_ops::MAMBA_ISA {
 
-template <class R>
+template <class R, class T>
 struct SsdBackward {
-  SsdUnit<R> unit;
+  SsdUnit<R, T> unit;
   R *H, *G;                    // (heads, p, ldn): running state, running gradient
   R* states;                   // (kSsdSpan, heads, p, ldn): H before every chunk of the span
   R* starts;                   // (spans, heads, p, ldn): H before every span of the piece
@@ -31,6 +31,9 @@ struct SsdBackward {
   R *lanes_r, *lanes_k;        // (q, kWidth): C_i . chi_i and B_j . beta_j before the sum over lanes
   R* below;                    // (ldq): column sums of W over the rows seen so far
   R *dA, *dbias, *dD;          // (heads), (heads), (heads, ldp)
+  R *left, *right, *turned;    // room for factors
+  R *packed_go, *packed_X;     // (q, ldp) as left factors
+  R *packed_B, *packed_C;      // (q, ldn) as right factors
   int64_t state_size;          // of one head
 
   SsdBackward(const SsdDims& dims, int64_t spans, Arena<R>& arena) : unit(dims, arena), state_size(padded(dims.p) * unit.ldn) {
@@ -47,6 +50,12 @@ struct SsdBackward {
     for (R** lanes : {&lanes_r, &lanes_k}) *lanes = arena.take(unit.ldq * kWidth<R>);
     for (R** sum : {&dA, &dbias}) *sum = arena.take(dims.heads);
     dD = arena.take(dims.heads * unit.ldp);
+    const int64_t tall = unit.ldq > unit.ldp ? unit.ldq : unit.ldp, most = unit.ldn > tall ? unit.ldn : tall;
+    left = arena.take(left_size<R, T>(tall, unit.ldq));
+    right = arena.take(right_size<R, T>(most, most));
+    turned = arena.take(2 * left_size<R, T>(tall, unit.ldq));
+    for (R** packed : {&packed_go, &packed_X}) *packed = arena.take(left_size<R, T>(unit.ldq, unit.ldp));
+    for (R** packed : {&packed_B, &packed_C}) *packed = arena.take(right_size<R, T>(unit.ldq, unit.ldn));
   }
 
   void load_states(R* to, const SsdDims& dims, const void* rows, int64_t row) const {
@@ -64,14 +73,15 @@ struct SsdBackward {
     for (int64_t i = 0; i < count; i += kWidth<R>) store<R>(to + i, load<R>(from + i));
   }
 
-  // state <- decay state + sum over t of weight_t rows_t^T columns_t, rows (len, ldp), columns (len, ldn).
-  void advance(const SsdDims& dims, R* state, const R* rows, const R* weight, const R* columns, int64_t len) {
+  // to = decay from + sum over t of weight_t rows_t^T columns_t; rows (len, ldp), columns (len, ldn), states (p, ldn).
+  void advance(const SsdDims& dims, R* to, const R* from, const R* rows, const R* weight, Right<R, T> columns, int64_t len) {
     const int64_t ldp = unit.ldp, ldn = unit.ldn;
     for (int64_t t = 0; t < len; ++t)
       for (int64_t v = 0; v < ldp; v += kWidth<R>) store<R>(w + t * ldp + v, weight[t] * load<R>(rows + t * ldp + v));
-    gemm<false>(Left<R>{w, 1, ldp}, columns, ldn, dims.p, ldn, [&](int64_t, int64_t) { return Terms{0, len}; },
-                [&](int64_t i, int64_t v) { return Vec<R>(unit.steps.decay * load<R>(state + i * ldn + v)); },
-                [&](int64_t i, int64_t v, Vec<R> sum) { store<R>(state + i * ldn + v, sum); });
+    gemm<false>(left_of_transposed<R, T>(left, turned, w, ldp, dims.p, len), columns, dims.p, ldn,
+                [&](int64_t, int64_t) { return Terms{0, len}; },
+                [&](int64_t i, int64_t v) { return Vec<R>(unit.steps.decay * load<R>(from + i * ldn + v)); },
+                [&](int64_t i, int64_t v, Vec<R> sum) { store<R>(to + i * ldn + v, sum); });
   }
 
   // X = delta x of one head, zero up to a whole vector of tokens.
@@ -91,19 +101,23 @@ struct SsdBackward {
     for (int64_t i = 0; i < (t1 - t0) * ldp; i += kWidth<R>) store<R>(go + i, load<R>(go + i) * silu<R>(load<R>(z + i)));
   }
 
-  // Runs H over the chunks [t0, end) of a span; keeps it before every chunk if asked.
+  // Runs the states of all heads from H over the chunks [t0, end): into `states`, before every chunk, or in place to the end.
   void run_states(const SsdBwd& p, const Piece& piece, int64_t t0, int64_t end, bool keep) {
     const SsdDims& dims = p.fwd.dims;
-    for (int64_t c = 0; t0 < end; t0 += dims.q, ++c) {
+    const int64_t all = dims.heads * state_size;
+    R* from = H;
+    if (keep) copy(from = states, H, all);
+    for (; t0 + (keep ? dims.q : 0) < end; t0 += dims.q) {
       const int64_t t1 = t0 + dims.q < end ? t0 + dims.q : end;
-      if (keep) copy(states + c * dims.heads * state_size, H, dims.heads * state_size);
-      if (keep && t1 == end) return;
       unit.load_chunk(p.fwd, piece.row, t0, t1, false);
+      const Right<R, T> right_B = right_of<R, T>(packed_B, unit.B, unit.ldn, t1 - t0);
+      R* to = keep ? from + all : from;
       for (int64_t head = 0; head < unit.heads; ++head) {
         unit.make_steps(p.fwd, head, t1 - t0);
         load_X(p.fwd, piece.row, t0, t1, head);
-        advance(dims, H + head * state_size, X, unit.steps.to_end, unit.B, t1 - t0);
+        advance(dims, to + head * state_size, from + head * state_size, X, unit.steps.to_end, right_B, t1 - t0);
       }
+      from = to;
     }
   }
 
@@ -129,7 +143,8 @@ struct SsdBackward {
   }
 
   // All gradients of one head in one chunk.
-  void head_gradients(const SsdBwd& p, const Piece& piece, int64_t t0, int64_t t1, int64_t head, const R* before) {
+  void head_gradients(const SsdBwd& p, const Piece& piece, int64_t t0, int64_t t1, int64_t head, const R* before,
+                      Right<R, T> right_C) {
     const SsdDims& dims = p.fwd.dims;
     const SsdSteps<R>& s = unit.steps;
     const int64_t len = t1 - t0, cols = (len + kWidth<R> - 1) / kWidth<R> * kWidth<R>, ldp = unit.ldp, ldq = unit.ldq, ldn = unit.ldn;
@@ -144,15 +159,19 @@ struct SsdBackward {
     unit.make_steps(p.fwd, head, len);
     load_X(p.fwd, piece.row, t0, t1, head);
     load_go(p, piece.row, t0, t1, head);
+    if (head + 1 < unit.heads)
+      for (const View* next : {&p.fwd.x, &p.fwd.z, &p.dy}) unit.prefetch_tokens(*next, piece.row, t0, t1, head + 1, dims.p);
+    const Left<R, T> left_go = left_of<R, T>(packed_go, go, ldp, len, dims.p);
+    const Left<R, T> left_X = left_of<R, T>(packed_X, X, ldp, len, dims.p);
     transpose(XT, ldq, X, ldp, cols, ldp);
-    gemm<true>(Left<R>{go, ldp, 1}, XT, ldq, len, cols, over_p, zero,
+    gemm<true>(left_go, right_of<R, T>(right, XT, ldq, dims.p), len, cols, over_p, zero,
                [&](int64_t i, int64_t v, Vec<R> sum) { store<R>(dM + i * ldq + v, sum); });
     pair_gradients(len);
 
     transpose(swapped, ldp, after, ldn, ldp, ldn);
-    gemm<false>(Left<R>{unit.B, ldn, 1}, swapped, ldp, len, ldp, over_n, zero,
+    gemm<false>(unit.left_B, right_of<R, T>(right, swapped, ldp, dims.n), len, ldp, over_n, zero,
                 [&](int64_t j, int64_t v, Vec<R> sum) { store<R>(dX + j * ldp + v, s.to_end[j] * sum); });
-    gemm<false>(Left<R>{M, 1, ldq}, go, ldp, len, ldp, from_row,
+    gemm<false>(left_of_transposed<R, T>(left, turned, M, ldq, len, len), right_of<R, T>(right, go, ldp, len), len, ldp, from_row,
                 [&](int64_t j, int64_t v) { return load<R>(dX + j * ldp + v); },
                 [&](int64_t j, int64_t v, Vec<R> sum) { store<R>(dX + j * ldp + v, sum); });
 
@@ -160,12 +179,12 @@ struct SsdBackward {
       store<R>(lanes_r + i, Vec<R>{});
       store<R>(lanes_k + i, Vec<R>{});
     }
-    gemm<false>(Left<R>{go, ldp, 1}, before, ldn, len, ldn, over_p, zero, [&](int64_t i, int64_t v, Vec<R> sum) {
+    gemm<false>(left_go, right_of<R, T>(right, before, ldn, dims.p), len, ldn, over_p, zero, [&](int64_t i, int64_t v, Vec<R> sum) {
       const Vec<R> chi = s.from_start[i] * sum;
       store<R>(dC + i * ldn + v, load<R>(dC + i * ldn + v) + chi);
       store<R>(lanes_r + i * kWidth<R>, load<R>(lanes_r + i * kWidth<R>) + chi * load<R>(unit.C + i * ldn + v));
     });
-    gemm<false>(Left<R>{X, ldp, 1}, after, ldn, len, ldn, over_p, zero, [&](int64_t j, int64_t v, Vec<R> sum) {
+    gemm<false>(left_X, right_of<R, T>(right, after, ldn, dims.p), len, ldn, over_p, zero, [&](int64_t j, int64_t v, Vec<R> sum) {
       const Vec<R> beta = s.to_end[j] * sum;
       store<R>(dB + j * ldn + v, load<R>(dB + j * ldn + v) + beta);
       store<R>(lanes_k + j * kWidth<R>, load<R>(lanes_k + j * kWidth<R>) + beta * load<R>(unit.B + j * ldn + v));
@@ -207,9 +226,9 @@ struct SsdBackward {
 
     if (p.fwd.z) {  // dz = dy o silu'(z), with o run again
       transpose(swapped, ldp, before, ldn, ldp, ldn);
-      gemm<false>(Left<R>{unit.C, ldn, 1}, swapped, ldp, len, ldp, over_n, zero,
+      gemm<false>(unit.left_C, right_of<R, T>(right, swapped, ldp, dims.n), len, ldp, over_n, zero,
                   [&](int64_t i, int64_t v, Vec<R> sum) { store<R>(w + i * ldp + v, s.from_start[i] * sum); });
-      gemm<false>(Left<R>{M, ldq, 1}, X, ldp, len, ldp, to_row,
+      gemm<false>(left_of<R, T>(left, M, ldq, len, len), right_of<R, T>(right, X, ldp, len), len, ldp, to_row,
                   [&](int64_t i, int64_t v) { return Vec<R>(load<R>(w + i * ldp + v) + load<R>(D + v) * load<R>(x + i * ldp + v)); },
                   [&](int64_t i, int64_t v, Vec<R> sum) { store<R>(w + i * ldp + v, sum); });
       unit.load_tokens(dX, p.dy, piece.row, t0, t1, unit.head0 + head, dims.p, ldp, 0);
@@ -217,7 +236,7 @@ struct SsdBackward {
         store<R>(dX + i, load<R>(dX + i) * load<R>(w + i) * silu_grad<R>(load<R>(z + i)));
       unit.store_tokens(p.dz, piece.row, t0, t1, head, dims.p, dX);
     }
-    advance(dims, after, go, s.from_start, unit.C, len);
+    advance(dims, after, after, go, s.from_start, right_C, len);
   }
 
   // Through the clamp (inclusive at its limits) and softplus: ddt, and its sum.
@@ -239,14 +258,16 @@ struct SsdBackward {
   }
 
   // dB and dC of the chunk: what the pairs add, once for all heads; then this block's partial.
-  void finish_chunk(const SsdBwd& p, int64_t row, int64_t t0, int64_t t1) {
+  void finish_chunk(const SsdBwd& p, int64_t row, int64_t t0, int64_t t1, Right<R, T> right_C) {
     const SsdDims& dims = p.fwd.dims;
     const int64_t len = t1 - t0, ldq = unit.ldq, ldn = unit.ldn;
     R* out = static_cast<R*>(p.partial_BC) + ((unit.block * dims.b + row) * dims.l + t0) * 2 * ldn;
-    gemm<false>(Left<R>{dCB, 1, ldq}, unit.C, ldn, len, ldn, [&](int64_t j0, int64_t) { return Terms{j0, len}; },
+    gemm<false>(left_of_transposed<R, T>(left, turned, dCB, ldq, len, len), right_C, len, ldn,
+                [&](int64_t j0, int64_t) { return Terms{j0, len}; },
                 [&](int64_t j, int64_t v) { return load<R>(dB + j * ldn + v); },
                 [&](int64_t j, int64_t v, Vec<R> sum) { store<R>(out + j * 2 * ldn + v, sum); });
-    gemm<false>(Left<R>{dCB, ldq, 1}, unit.B, ldn, len, ldn, [&](int64_t, int64_t i1) { return Terms{0, i1 < len ? i1 : len}; },
+    gemm<false>(left_of<R, T>(left, dCB, ldq, len, len), right_of<R, T>(packed_B, unit.B, ldn, len), len, ldn,
+                [&](int64_t, int64_t i1) { return Terms{0, i1 < len ? i1 : len}; },
                 [&](int64_t i, int64_t v) { return load<R>(dC + i * ldn + v); },
                 [&](int64_t i, int64_t v, Vec<R> sum) { store<R>(out + (2 * i + 1) * ldn + v, sum); });
   }
@@ -272,22 +293,22 @@ inline int64_t ssd_spans(const SsdDims& dims, const Pieces& pieces) {
   }
   return (longest + dims.q * kSsdSpan - 1) / (dims.q * kSsdSpan);
 }
-template <class R>
+template <class R, class T>
 int64_t ssd_bwd_scratch(const SsdDims& dims, const Pieces& pieces) {
   Arena<R> arena{nullptr};
-  SsdBackward<R>(dims, ssd_spans(dims, pieces), arena);
+  SsdBackward<R, T>(dims, ssd_spans(dims, pieces), arena);
   return arena.used * sizeof(R);
 }
 
 // Without dx (the first phase of the segment form) only G is carried, from zero on the right of every piece to dstates_in,
 // and the log decays are summed over every piece.
-template <class R>
+template <class R, class T>
 void ssd_bwd(const SsdBwd& p, int64_t unit_begin, int64_t unit_end, void* scratch) {
   const SsdDims& dims = p.fwd.dims;
   const Pieces& pieces = p.fwd.pieces;
   Arena<R> arena{static_cast<R*>(scratch)};
-  SsdBackward<R> work(dims, ssd_spans(dims, pieces), arena);
-  SsdUnit<R>& unit = work.unit;
+  SsdBackward<R, T> work(dims, ssd_spans(dims, pieces), arena);
+  SsdUnit<R, T>& unit = work.unit;
   const int64_t all = dims.heads * work.state_size, span = dims.q * kSsdSpan;
 
   for (int64_t number = unit_begin; number < unit_end; ++number) {
@@ -318,11 +339,13 @@ void ssd_bwd(const SsdBwd& p, int64_t unit_begin, int64_t unit_end, void* scratc
         for (int64_t c = (end - begin - 1) / dims.q; c >= 0; --c) {
           const int64_t t0 = begin + c * dims.q, t1 = t0 + dims.q < end ? t0 + dims.q : end;
           unit.load_chunk(p.fwd, piece.row, t0, t1, bool(p.dx));
+          const Right<R, T> right_C = right_of<R, T>(work.packed_C, unit.C, unit.ldn, t1 - t0);
           if (!p.dx) {
             for (int64_t head = 0; head < unit.heads; ++head) {
               unit.make_steps(p.fwd, head, t1 - t0);
               work.load_go(p, piece.row, t0, t1, head);
-              work.advance(dims, work.G + head * work.state_size, work.go, unit.steps.from_start, unit.C, t1 - t0);
+              R* G = work.G + head * work.state_size;
+              work.advance(dims, G, G, work.go, unit.steps.from_start, right_C, t1 - t0);
               total[head] += unit.steps.T;
             }
             continue;
@@ -331,8 +354,8 @@ void ssd_bwd(const SsdBwd& p, int64_t unit_begin, int64_t unit_end, void* scratc
             for (int64_t j = 0; j < (t1 - t0) * unit.ldn; ++j) tile[j] = 0;
           for (int64_t j = 0; j < (t1 - t0) * unit.ldq; ++j) work.dCB[j] = 0;
           for (int64_t head = 0; head < unit.heads; ++head)
-            work.head_gradients(p, piece, t0, t1, head, work.states + c * all + head * work.state_size);
-          work.finish_chunk(p, piece.row, t0, t1);
+            work.head_gradients(p, piece, t0, t1, head, work.states + c * all + head * work.state_size, right_C);
+          work.finish_chunk(p, piece.row, t0, t1, right_C);
         }
       }
       work.store_states(work.G, dims, p.dstates_in, piece.state_in);

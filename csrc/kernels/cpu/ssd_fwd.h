@@ -9,17 +9,22 @@
 
 namespace mamba_ops::MAMBA_ISA {
 
-template <class R>
+template <class R, class T>
 struct SsdForward {
-  SsdUnit<R> unit;
+  SsdUnit<R, T> unit;
   R *H;        // (heads, n, ldp)
   R *M;        // (q, ldq)
   R *x, *w, *y;  // (q, ldp): inputs, weighted inputs, outputs
+  R *left, *right, *turned, *packed_Bt;  // room for factors
 
   SsdForward(const SsdDims& dims, Arena<R>& arena) : unit(dims, arena) {
     H = arena.take(dims.heads * dims.n * unit.ldp);
     M = arena.take(dims.q * unit.ldq);
     for (R** tile : {&x, &w, &y}) *tile = arena.take(unit.ldq * unit.ldp);
+    left = arena.take(left_size<R, T>(unit.ldq, unit.ldq));
+    right = arena.take(right_size<R, T>(unit.ldn > unit.ldq ? unit.ldn : unit.ldq, unit.ldp));
+    turned = arena.take(2 * left_size<R, T>(unit.ldn, unit.ldq));
+    packed_Bt = arena.take(left_size<R, T>(unit.ldn, unit.ldq));
   }
 
   void load_states(const SsdFwd& p, int64_t row) {
@@ -48,10 +53,11 @@ struct SsdForward {
         const Vec<R> cb = unit.causal(i, v) ? load<R>(unit.CB + i * ldq + v) : Vec<R>{};
         store<R>(M + i * ldq + v, cb * unit.decay_row(i, v) * load<R>(s.delta + v));
       }
-    gemm<false>(Left<R>{unit.C, unit.ldn, 1}, state, ldp, len, ldp, [&](int64_t, int64_t) { return Terms{0, dims.n}; },
-                [](int64_t, int64_t) { return Vec<R>{}; },
+    gemm<false>(unit.left_C, right_of<R, T>(right, state, ldp, dims.n), len, ldp,
+                [&](int64_t, int64_t) { return Terms{0, dims.n}; }, [](int64_t, int64_t) { return Vec<R>{}; },
                 [&](int64_t i, int64_t v, Vec<R> sum) { store<R>(y + i * ldp + v, s.from_start[i] * sum); });
-    gemm<false>(Left<R>{M, ldq, 1}, x, ldp, len, ldp, [&](int64_t, int64_t i1) { return Terms{0, i1 < len ? i1 : len}; },
+    gemm<false>(left_of<R, T>(left, M, ldq, len, len), right_of<R, T>(right, x, ldp, len), len, ldp,
+                [&](int64_t, int64_t i1) { return Terms{0, i1 < len ? i1 : len}; },
                 [&](int64_t i, int64_t v) { return Vec<R>(load<R>(y + i * ldp + v) + load<R>(D + v) * load<R>(x + i * ldp + v)); },
                 [&](int64_t i, int64_t v, Vec<R> sum) { store<R>(y + i * ldp + v, sum); });
     if (p.z) {
@@ -61,7 +67,8 @@ struct SsdForward {
     unit.store_tokens(p.y, row, t0, t1, head, dims.p, y);
   }
 
-  void advance(const SsdDims& dims, int64_t len, int64_t head) {
+  // left_Bt: B of the chunk, transposed.
+  void advance(const SsdDims& dims, Left<R, T> left_Bt, int64_t len, int64_t head) {
     const SsdSteps<R>& s = unit.steps;
     const int64_t ldp = unit.ldp;
     R* state = H + head * dims.n * ldp;
@@ -69,25 +76,25 @@ struct SsdForward {
       const R weight = s.to_end[j] * s.delta[j];
       for (int64_t v = 0; v < ldp; v += kWidth<R>) store<R>(w + j * ldp + v, weight * load<R>(x + j * ldp + v));
     }
-    gemm<false>(Left<R>{unit.B, 1, unit.ldn}, w, ldp, dims.n, ldp, [&](int64_t, int64_t) { return Terms{0, len}; },
+    gemm<false>(left_Bt, right_of<R, T>(right, w, ldp, len), dims.n, ldp, [&](int64_t, int64_t) { return Terms{0, len}; },
                 [&](int64_t i, int64_t v) { return Vec<R>(s.decay * load<R>(state + i * ldp + v)); },
                 [&](int64_t i, int64_t v, Vec<R> sum) { store<R>(state + i * ldp + v, sum); });
   }
 };
 
-template <class R>
+template <class R, class T>
 int64_t ssd_fwd_scratch(const SsdDims& dims) {
   Arena<R> arena{nullptr};
-  SsdForward<R>(dims, arena);
+  SsdForward<R, T>(dims, arena);
   return arena.used * sizeof(R);
 }
 
-template <class R>
+template <class R, class T>
 void ssd_fwd(const SsdFwd& p, int64_t unit_begin, int64_t unit_end, void* scratch) {
   const SsdDims& dims = p.dims;
   Arena<R> arena{static_cast<R*>(scratch)};
-  SsdForward<R> work(dims, arena);
-  SsdUnit<R>& unit = work.unit;
+  SsdForward<R, T> work(dims, arena);
+  SsdUnit<R, T>& unit = work.unit;
   for (int64_t number = unit_begin; number < unit_end; ++number) {
     unit.begin(p, number);
     for (int64_t k = p.pieces.group[unit.pieces]; k < p.pieces.group[unit.pieces + 1]; ++k) {
@@ -98,11 +105,12 @@ void ssd_fwd(const SsdFwd& p, int64_t unit_begin, int64_t unit_end, void* scratc
       for (int64_t t0 = piece.begin; t0 < piece.end; t0 += dims.q) {
         const int64_t t1 = t0 + dims.q < piece.end ? t0 + dims.q : piece.end;
         unit.load_chunk(p, piece.row, t0, t1, bool(p.y));
+        const auto left_Bt = left_of_transposed<R, T>(work.packed_Bt, work.turned, unit.B, unit.ldn, dims.n, t1 - t0);
         for (int64_t head = 0; head < unit.heads; ++head) {
           unit.make_steps(p, head, t1 - t0);
           unit.load_tokens(work.x, p.x, piece.row, t0, t1, unit.head0 + head, dims.p, unit.ldp, 0);
           if (p.y) work.output(p, piece.row, t0, t1, head);
-          work.advance(dims, t1 - t0, head);
+          work.advance(dims, left_Bt, t1 - t0, head);
           if (total) total[head] += unit.steps.T;
         }
       }

@@ -1,7 +1,7 @@
 // What the forward and the backward of the SSD share: a unit of work, and the tiles of one chunk.
 //
 // A unit owns one group of pieces and up to dims.heads heads that share B and C, so that C B^T of a chunk is made once
-// for all of them. Matrices are row-major with rows padded to whole vectors: tokens (q, padded p) or (q, padded n), pairs
+// for all of them. T is the type of the factors of products (gemm.h), R that of everything else. Matrices are row-major with rows padded to whole vectors: tokens (q, padded p) or (q, padded n), pairs
 // of tokens (q, padded q). Everything beyond the last token of a short chunk is zero where a product may read it.
 #pragma once
 #include "kernels/cpu/arena.h"
@@ -22,7 +22,7 @@ struct SsdSteps {
   R A, T, decay; // decay = e^T
 };
 
-template <class R>
+template <class R, class T>
 struct SsdUnit {
   int64_t pieces, block;                // group of pieces; block of heads
   int64_t head0, heads, group_B, group_C;
@@ -30,6 +30,8 @@ struct SsdUnit {
   R *B, *C;                             // (q, ldn)
   R* CB;                                // (q, ldq): C_i . B_j for j <= i; blocks above the diagonal are not written
   R* BT;                                // (ldn, ldq)
+  R *packed_B, *packed_C, *packed_BT;   // as factors of products
+  Left<R, T> left_B, left_C;            // rows are tokens
   R* dt;                                // (heads, ldq)
   R* D;                                 // (heads, ldp)
   SsdSteps<R> steps;
@@ -39,6 +41,8 @@ struct SsdUnit {
     C = arena.take(ldq * ldn);
     CB = arena.take(dims.q * ldq);
     BT = arena.take(ldn * ldq);
+    for (R** packed : {&packed_B, &packed_C}) *packed = arena.take(left_size<R, T>(ldq, ldn));
+    packed_BT = arena.take(right_size<R, T>(ldn, ldq));
     dt = arena.take(padded(dims.heads) * ldq);
     D = arena.take(dims.heads * ldp);
     for (R** row : {&steps.raw, &steps.delta, &steps.s, &steps.from_start, &steps.to_end}) *row = arena.take(ldq);
@@ -61,7 +65,7 @@ struct SsdUnit {
 
   static R scalar(const View& v, int64_t offset) {
     R x = 0;
-    with_type(v.dtype, [&]<class T>(T*) { x = to_real<R>(static_cast<const T*>(v.data)[offset]); });
+    with_type(v.dtype, [&]<class S>(S*) { x = to_real<R>(static_cast<const S*>(v.data)[offset]); });
     return x;
   }
   static View state_view(const void* states) {
@@ -80,9 +84,11 @@ struct SsdUnit {
     load_tile(dt, ldq, p.dt, row * p.dt.stride[0] + t0 * p.dt.stride[1] + head0 * p.dt.stride[2], heads, p.dt.stride[2], len,
               p.dt.stride[1]);
     if (!products) return;
+    left_B = left_of<R, T>(packed_B, B, ldn, len, dims.n);
+    left_C = left_of<R, T>(packed_C, C, ldn, len, dims.n);
     transpose(BT, ldq, B, ldn, cols, ldn);
-    gemm<true>(Left<R>{C, ldn, 1}, BT, ldq, len, cols, [&](int64_t, int64_t) { return Terms{0, dims.n}; },
-               [](int64_t, int64_t) { return Vec<R>{}; },
+    gemm<true>(left_C, right_of<R, T>(packed_BT, BT, ldq, dims.n), len, cols,
+               [&](int64_t, int64_t) { return Terms{0, dims.n}; }, [](int64_t, int64_t) { return Vec<R>{}; },
                [&](int64_t i, int64_t v, Vec<R> sum) { store<R>(CB + i * ldq + v, sum); });
   }
   // Tokens [t0, t1) of (b, l, groups or heads, width) -> (tokens, ld), zero in rows up to `rows`.
@@ -97,6 +103,11 @@ struct SsdUnit {
   void store_tokens(const View& v, int64_t row, int64_t t0, int64_t t1, int64_t head, int64_t width, const R* src) const {
     store_tile(v, row * v.stride[0] + t0 * v.stride[1] + (head0 + head) * v.stride[2], t1 - t0, v.stride[1], width, v.stride[3],
                src, ldp);
+  }
+
+  void prefetch_tokens(const View& v, int64_t row, int64_t t0, int64_t t1, int64_t head, int64_t width) const {
+    prefetch_tile(v, row * v.stride[0] + t0 * v.stride[1] + (head0 + head) * v.stride[2], t1 - t0, v.stride[1], width, v.stride[3],
+                  0, 1);
   }
 
   // The steps of one head for the len tokens of the chunk.

@@ -19,10 +19,7 @@ extern template void selective_scan_fwd<double>(const ScanFwd&, int64_t, int64_t
 extern template void selective_scan_bwd<float>(const ScanBwd&, int64_t, int64_t, void*);
 extern template void selective_scan_bwd<double>(const ScanBwd&, int64_t, int64_t, void*);
 // Compiled in variant_ssd.cpp.
-extern template void ssd_fwd<float>(const SsdFwd&, int64_t, int64_t, void*);
-extern template void ssd_fwd<double>(const SsdFwd&, int64_t, int64_t, void*);
-extern template void ssd_bwd<float>(const SsdBwd&, int64_t, int64_t, void*);
-extern template void ssd_bwd<double>(const SsdBwd&, int64_t, int64_t, void*);
+extern const SsdKernels ssd_f32, ssd_f64, ssd_bf16;
 
 template <class R>
 constexpr Kernels<R> kernels() {
@@ -37,10 +34,8 @@ constexpr Kernels<R> kernels() {
       .selective_scan_bwd = selective_scan_bwd<R>,
       .selective_scan_combine = selective_scan_combine<R>,
       .selective_scan_reduce = selective_scan_reduce<R>,
-      .ssd_fwd_scratch = ssd_fwd_scratch<R>,
-      .ssd_bwd_scratch = ssd_bwd_scratch<R>,
-      .ssd_fwd = ssd_fwd<R>,
-      .ssd_bwd = ssd_bwd<R>,
+      .ssd = sizeof(R) == sizeof(float) ? ssd_f32 : ssd_f64,
+      .ssd_bf16 = sizeof(R) == sizeof(float) ? ssd_bf16 : ssd_f64,
       .ssd_combine = ssd_combine<R>,
       .ssd_reduce = ssd_reduce<R>,
       .rms_norm_gated_scratch = norm_scratch_bytes<R>,

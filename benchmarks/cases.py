@@ -1,0 +1,271 @@
+"""What is timed: named cases, each with our operator, its peers and what is demanded of the two.
+
+Inputs come from ``tests/cases.py``, which makes those of the tests too. Letters as everywhere: b batch,
+l length, d channels, h heads, p head width, n state, w convolution width.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Literal
+
+import torch
+
+from tests import cases as make
+
+from . import baselines
+from .contenders import Contender, Direction, Inputs, attention, compiled, operator, peer
+
+SCAN_OPTIONS = ("D", "z", "delta_bias", "delta_softplus")
+SSD_OPTIONS = ("D", "dt_bias", "dt_softplus")
+CONV_OPTIONS = ("bias", "activation")
+
+RECURRENCE = "recurrence in torch"
+MAMBAPY = "mambapy"
+LISTING = "paper's listing"
+COMPILED = "paper's listing, compiled"
+SHARED = "paper's listing, one C B per group, compiled"
+
+LENGTHS = (256, 512, 1024, 2048, 4096, 8192, 16384)
+
+
+@dataclass(frozen=True)
+class Must:
+    """A demand on our median time.
+
+    Attributes:
+        kind: "faster": at least `value` times as fast as `than`; "share": at most `value` times the time of
+            `than`; "ms": at most `value` milliseconds, on a device whose name holds `than`.
+    """
+
+    kind: Literal["faster", "share", "ms"]
+    value: float
+    than: str
+
+
+@dataclass(frozen=True)
+class Case:
+    """One piece of work.
+
+    Attributes:
+        name: operator/direction/dtype[/variant]; for ``--only`` and as the key in the results.
+        title: for people.
+        make: the inputs, the same at every call.
+        contenders: the first is ours.
+        truth: its results, from inputs in float64, are what all others are compared with; None: the second
+            contender's, as they are.
+        dtype: of the data.
+        must: demand; None: timed for information.
+        goal_ms: where the design wants to go.
+        time: dim of the time of inputs and results, by name; long ones are checked on their first tokens.
+        series: (operator, length) of a point of time against length.
+    """
+
+    name: str
+    title: str
+    make: Callable[[], Inputs]
+    contenders: tuple[Contender, ...]
+    truth: Contender | None
+    dtype: torch.dtype = torch.float32
+    must: Must | None = None
+    goal_ms: float | None = None
+    time: dict[str, int] | None = None
+    series: tuple[str, int] | None = None
+
+
+def scan(
+    b: int,
+    d: int,
+    l: int,
+    n: int,
+    direction: Direction,
+    dtype: torch.dtype = torch.float32,
+    *,
+    device: str = "cpu",
+    layout: str = "contiguous",
+    tag: str = "",
+    series: bool = False,
+    must: Must | None = None,
+    goal_ms: float | None = None,
+) -> Case:
+    """The selective scan with D, z, delta_bias and softplus; layout "transposed" is channel-last."""
+    recurrence = peer(RECURRENCE, baselines.scan_recurrence, direction, longest=8192)
+    if device == "cuda":
+        peers = [peer("mamba_ssm", baselines.scan_mamba_ssm, direction)]
+    else:
+        peers = [recurrence, peer(MAMBAPY, baselines.scan_mambapy, direction, longest=8192)]
+    if series:
+        peers.append(attention(l, device, dtype))
+    return Case(
+        f"selective_scan/{direction}/{_short(dtype)}{tag}",
+        f"selective_scan b{b} d{d} l{l} n{n} {_short(dtype)}{_layout(layout)}, {_words(direction)}",
+        partial(
+            make.selective_scan, b, d, l, n, options=SCAN_OPTIONS, dtype=dtype, layout=layout, device=device
+        ),
+        (operator("selective_scan", direction), *peers),
+        recurrence,
+        dtype,
+        must,
+        goal_ms,
+        {"u": 2, "delta": 2, "z": 2, "B": 2, "C": 2, "y": 2},
+        ("selective_scan", l) if series else None,
+    )
+
+
+def ssd(
+    b: int,
+    l: int,
+    h: int,
+    p: int,
+    n: int,
+    direction: Direction,
+    dtype: torch.dtype = torch.float32,
+    *,
+    device: str = "cpu",
+    compile_peers: bool = True,
+    tag: str = "",
+    series: bool = False,
+    must: Must | None = None,
+    goal_ms: float | None = None,
+) -> Case:
+    """The chunked SSD with D, dt_bias and softplus, one group."""
+    listing = peer(LISTING, baselines.ssd_listing, direction)
+    shared = partial(baselines.ssd_listing, share_groups=True)
+    if device == "cuda":
+        peers = [
+            peer("mamba_ssm", baselines.ssd_mamba_ssm, direction),
+            peer("fla simple_gla", baselines.ssd_fla, direction),
+        ]
+    elif series:
+        peers = [compiled(COMPILED, baselines.ssd_listing, direction, longest=8192)]
+    elif compile_peers:
+        peers = [
+            listing,
+            compiled(COMPILED, baselines.ssd_listing, direction),
+            compiled(SHARED, shared, direction),
+        ]
+    else:
+        peers = [listing]
+    if series:
+        peers.append(attention(l, device, dtype))
+    return Case(
+        f"ssd/{direction}/{_short(dtype)}{tag}",
+        f"ssd b{b} l{l} h{h} p{p} n{n} {_short(dtype)}, {_words(direction)}",
+        partial(make.ssd, b, l, h, p, n, options=SSD_OPTIONS, dtype=dtype, device=device),
+        (operator("ssd", direction), *peers),
+        listing,
+        dtype,
+        must,
+        goal_ms,
+        {"x": 1, "dt": 1, "B": 1, "C": 1, "y": 1},
+        ("ssd", l) if series else None,
+    )
+
+
+def conv(
+    b: int,
+    d: int,
+    l: int,
+    direction: Direction,
+    dtype: torch.dtype = torch.float32,
+    *,
+    device: str = "cpu",
+    layout: str = "transposed",
+    tag: str = "",
+    must: Must | None = None,
+    goal_ms: float | None = None,
+) -> Case:
+    """The causal convolution of width 4 with bias and SiLU; layout "transposed" is channel-last."""
+    plain = peer("torch", baselines.conv_torch, direction)
+    cuda = [peer("causal_conv1d", baselines.conv_causal_conv1d, direction)] if device == "cuda" else []
+    return Case(
+        f"causal_conv1d/{direction}/{_short(dtype)}{tag}",
+        f"causal_conv1d b{b} d{d} l{l} w4 {_short(dtype)}{_layout(layout)}, {_words(direction)}",
+        partial(
+            make.causal_conv1d, b, d, l, 4, options=CONV_OPTIONS, dtype=dtype, layout=layout, device=device
+        ),
+        (operator("causal_conv1d", direction), *cuda, plain),
+        plain,
+        dtype,
+        must,
+        goal_ms,
+    )
+
+
+def norm(rows: int, d: int, direction: Direction, dtype: torch.dtype = torch.float32) -> Case:
+    """The gated norm, gate first."""
+    plain = peer("torch", baselines.norm_torch, direction)
+    return Case(
+        f"rms_norm_gated/{direction}/{_short(dtype)}",
+        f"rms_norm_gated {rows} x {d} {_short(dtype)}, {_words(direction)}",
+        partial(make.rms_norm_gated, rows, d, dtype=dtype),
+        (operator("rms_norm_gated", direction), plain),
+        plain,
+        dtype,
+    )
+
+
+def cpu_cases() -> Iterator[Case]:
+    """Demands are ratios within one run on two cores."""
+    from . import models, train_share
+
+    size = (1, 1536, 2048, 16)
+    yield scan(*size, "forward", must=Must("faster", 60, RECURRENCE), goal_ms=8)
+    yield scan(*size, "both", must=Must("faster", 100, MAMBAPY), goal_ms=30)
+    yield scan(*size, "forward", layout="transposed", tag="/channel-last")
+    yield scan(*size, "both", layout="transposed", tag="/channel-last")
+    heads = (1, 2048, 24, 64, 128)
+    for dtype, factor, goals in ((torch.float32, 3.5, (7.5, 25)), (torch.bfloat16, 3, (3, 12))):
+        must = Must("faster", factor, COMPILED)
+        yield ssd(*heads, "forward", dtype, must=must, goal_ms=goals[0])
+        yield ssd(*heads, "both", dtype, must=must, goal_ms=goals[1])
+    yield from (conv(1, 1536, 2048, "forward"), conv(1, 1536, 2048, "both"))
+    yield from (norm(2048, 1536, "forward"), norm(2048, 1536, "both"))
+    yield from models.cases()
+    yield train_share.case()
+    for l in LENGTHS:
+        yield scan(1, 1536, l, 16, "forward", tag=f"/length-{l}", series=True)
+        yield ssd(1, l, 24, 64, 128, "forward", tag=f"/length-{l}", series=True)
+
+
+def cuda_cases() -> Iterator[Case]:
+    """Demands are milliseconds on an H200."""
+
+    def gpu_conv(direction: Direction, **options: Any) -> Case:
+        return conv(4, 5376, 4096, direction, torch.bfloat16, device="cuda", **options)
+
+    yield gpu_conv("forward", must=Must("ms", 0.105, "H200"), goal_ms=0.095)
+    yield gpu_conv("both", must=Must("ms", 0.31, "H200"), goal_ms=0.28)
+    yield gpu_conv("forward", layout="contiguous", tag="/channel-first")
+
+
+def quick_cases() -> Iterator[Case]:
+    """The operators in miniature, to try the harness."""
+    yield scan(1, 32, 128, 4, "forward", must=Must("faster", 1, RECURRENCE))
+    yield scan(1, 32, 128, 4, "both", must=Must("faster", 1, MAMBAPY))
+    yield ssd(1, 128, 2, 16, 16, "both", compile_peers=False, must=Must("faster", 1, LISTING))
+    yield conv(1, 32, 128, "both")
+    yield norm(64, 32, "both")
+    for l in (64, 128):
+        yield scan(1, 32, l, 4, "forward", tag=f"/length-{l}", series=True)
+
+
+def select(device: str, quick: bool, only: str | None) -> list[Case]:
+    """The cases of a run; `only` is a shell pattern, matched anywhere in the name."""
+    found = quick_cases() if quick else cpu_cases() if device == "cpu" else cuda_cases()
+    return [case for case in found if only is None or fnmatch.fnmatch(case.name, f"*{only}*")]
+
+
+def _short(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _words(direction: Direction) -> str:
+    return "forward" if direction == "forward" else "forward + backward"
+
+
+def _layout(layout: str) -> str:
+    return " channel-last" if layout == "transposed" else ""

@@ -1,0 +1,108 @@
+"""How an operator or a peer becomes something that can be checked and timed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from . import baselines
+
+Inputs = dict[str, Any]
+Results = dict[str, Tensor]
+Run = Callable[[], Results]
+Direction = Literal["forward", "both"]
+
+OURS = "mamba_ops"
+
+
+@dataclass(frozen=True)
+class Contender:
+    """One way to do a case's work.
+
+    Attributes:
+        name: for people, and the key in the results.
+        prepare: from the case's inputs to a call that does the work once and returns what it made, by name.
+            It, or the first call, raises ImportError where a library is missing.
+        longest: sequences longer than this are not tried; None: any.
+    """
+
+    name: str
+    prepare: Callable[[Inputs], Run]
+    longest: int | None = None
+
+
+def peer(
+    name: str, call: Callable[..., Tensor], direction: Direction, *, longest: int | None = None
+) -> Contender:
+    """A function of the operator's arguments, timed forward, or forward and backward to every float input."""
+    return Contender(name, partial(_forward if direction == "forward" else _both, call), longest)
+
+
+def compiled(
+    name: str, call: Callable[..., Tensor], direction: Direction, *, longest: int | None = None
+) -> Contender:
+    """The same under torch.compile, for the case's shapes; on the CPU it needs a C++ compiler."""
+
+    def prepare(inputs: Inputs) -> Run:
+        return peer(name, torch.compile(call, dynamic=False), direction).prepare(inputs)
+
+    return Contender(name, prepare, longest)
+
+
+def operator(name: str, direction: Direction) -> Contender:
+    """The operator of this package."""
+
+    def prepare(inputs: Inputs) -> Run:
+        import mamba_ops
+
+        return peer(OURS, getattr(mamba_ops, name), direction).prepare(inputs)
+
+    return Contender(OURS, prepare)
+
+
+def attention(l: int, device: str, dtype: torch.dtype) -> Contender:
+    """Causal attention with as many channels as a layer has, for the pictures; there is nothing to check."""
+    h, p, longest = (24, 64, 8192) if device == "cpu" else (16, 128, 131072)
+
+    def prepare(inputs: Inputs) -> Run:
+        q, k, v = (torch.randn(1, h, l, p, dtype=dtype, device=device) for _ in range(3))
+
+        def run() -> Results:
+            with torch.no_grad():
+                baselines.attention(q, k, v)
+            return {}
+
+        return run
+
+    return Contender("attention in torch", prepare, longest)
+
+
+def _forward(call: Callable[..., Tensor], inputs: Inputs) -> Run:
+    def run() -> Results:
+        with torch.no_grad():
+            return {"y": call(**inputs)}
+
+    return run
+
+
+def _both(call: Callable[..., Tensor], inputs: Inputs) -> Run:
+    leaves = {
+        name: value.detach().requires_grad_()
+        for name, value in inputs.items()
+        if isinstance(value, Tensor) and value.is_floating_point()
+    }
+    like_y = inputs["u" if "u" in inputs else "x"]
+    exact_in_any_dtype = torch.randn(like_y.shape, generator=torch.Generator().manual_seed(1)).bfloat16()
+    weights = torch.empty_like(like_y).copy_(exact_in_any_dtype)
+
+    def run() -> Results:
+        y = call(**{**inputs, **leaves})
+        grads = torch.autograd.grad(y, list(leaves.values()), weights)
+        return {"y": y.detach(), **{f"grad {name}": g for name, g in zip(leaves, grads, strict=True)}}
+
+    return run

@@ -1,0 +1,97 @@
+"""Timing of contenders in turn: bursts, warm-up, samples in milliseconds, and what is kept of them."""
+
+from __future__ import annotations
+
+import gc
+import statistics
+import time
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+
+import torch
+
+from .contenders import Run
+
+_BURST_MS = 30.0  # of one contender before the next one's turn: it is timed with its own data in the caches
+_MAX_BURST = 10
+_MAX_RUNS = 400
+
+
+@dataclass(frozen=True)
+class Times:
+    """Milliseconds of one contender on one case.
+
+    Attributes:
+        median, min, q1, q3: of the timed runs.
+        runs: how many were timed.
+    """
+
+    median: float
+    min: float
+    q1: float
+    q3: float
+    runs: int
+
+    @classmethod
+    def of(cls, samples: list[float]) -> Times:
+        q1, median, q3 = statistics.quantiles(samples, n=4, method="inclusive")
+        return cls(round(median, 4), round(min(samples), 4), round(q1, 4), round(q3, 4), len(samples))
+
+    def to_dict(self) -> dict[str, float | int]:
+        return asdict(self)
+
+
+class Clock:
+    """Milliseconds of one call: wall time on the CPU; on CUDA between events, the L2 cache flushed before."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._flush: torch.Tensor | None = None
+        if device.type == "cuda":
+            l2_bytes = torch.cuda.get_device_properties(device).L2_cache_size
+            self._flush = torch.empty(4 * l2_bytes, dtype=torch.int8, device=device)
+
+    def __call__(self, run: Run) -> float:
+        if self._flush is None:
+            start = time.perf_counter()
+            run()
+            return (time.perf_counter() - start) * 1e3
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
+        self._flush.zero_()
+        begin.record()
+        run()
+        end.record()
+        end.synchronize()
+        return float(begin.elapsed_time(end))
+
+
+def interleave(runs: Mapping[str, Run], clock: Clock, budget_s: float, min_runs: int = 5) -> dict[str, Times]:
+    """Times the contenders in turn, so that whatever else the machine does hits all of them.
+
+    Args:
+        runs: what to call, by name.
+        clock: measures one call.
+        budget_s: seconds of timed calls per contender.
+        min_runs: samples at least, even beyond the budget; two where one call takes longer than the budget.
+
+    Returns:
+        The times by name.
+    """
+    guess = {name: clock(run) for name, run in runs.items()}
+    guess |= {name: clock(run) for name, run in runs.items() if guess[name] < 1e3 * budget_s}
+    samples: dict[str, list[float]] = {name: [] for name in runs}
+    waiting = set(runs)
+    collecting = gc.isenabled()
+    gc.disable()
+    try:
+        while waiting:
+            for name in [n for n in runs if n in waiting]:
+                burst = max(1, min(_MAX_BURST, int(_BURST_MS / max(guess[name], 1e-3))))
+                samples[name] += [clock(runs[name]) for _ in range(burst)]
+                spent = sum(samples[name]) / 1e3
+                enough = 2 if guess[name] > 1e3 * budget_s else min_runs
+                if len(samples[name]) >= _MAX_RUNS or (spent >= budget_s and len(samples[name]) >= enough):
+                    waiting.discard(name)
+    finally:
+        if collecting:
+            gc.enable()
+    return {name: Times.of(values) for name, values in samples.items()}

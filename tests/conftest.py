@@ -1,0 +1,53 @@
+"""What every test stands on: devices, NaN in uninitialised memory, a fixed seed, a known thread count."""
+
+import functools
+from collections.abc import Iterator
+
+import pytest
+import torch
+from hypothesis import settings
+
+import mamba_ops
+from tests import cases
+
+settings.register_profile("mamba_ops", deadline=None, derandomize=True, database=None, print_blob=True)
+settings.load_profile("mamba_ops")
+
+
+@pytest.fixture(autouse=True)
+def surroundings() -> Iterator[None]:
+    """Deterministic mode fills torch.empty with NaN: an element that a kernel leaves out cannot pass."""
+    threads = torch.get_num_threads()
+    torch.manual_seed(0)
+    torch.set_num_threads(1)
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)
+    torch.set_num_threads(threads)
+
+
+@functools.cache
+def missing_device(operator: str, device: str) -> str | None:
+    """Why the operator cannot run on the device here, or None."""
+    if device == "cpu":
+        return None
+    if not torch.cuda.is_available():
+        return "no GPU"
+    inputs = cases.rms_norm_gated(2, 8) if operator == "rms_norm_gated" else getattr(cases, operator)()
+    try:
+        getattr(mamba_ops, operator)(**{k: v.cuda() if torch.is_tensor(v) else v for k, v in inputs.items()})
+    except RuntimeError as error:
+        if "no CUDA kernel" in str(error) or "built without CUDA" in str(error):
+            return str(error)
+        raise
+    return None
+
+
+@pytest.fixture(params=["cpu", "cuda"])
+def device(request: pytest.FixtureRequest) -> str:
+    """Each device that the operator of the test file (its OPERATOR) can run on."""
+    reason = missing_device(request.module.OPERATOR, request.param)
+    if reason:
+        pytest.skip(reason)
+    return str(request.param)

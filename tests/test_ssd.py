@@ -1,0 +1,206 @@
+"""ssd against the recurrence: every option, dtype, layout and length."""
+
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import mamba_ops
+from tests import cases
+from tests.cases import SSD_OPTIONS
+from tests.compare import check
+
+OPERATOR = "ssd"
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+WITHOUT_LIMIT = tuple(option for option in SSD_OPTIONS if option != "dt_limit")
+
+
+@pytest.mark.parametrize("decay", ["weak", "strong"])
+@pytest.mark.parametrize("l", [1, 63, 64, 65, 127, 129, 135])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_lengths(device: str, dtype: torch.dtype, l: int, decay: str) -> None:
+    options = {"options": WITHOUT_LIMIT, "decay": decay, "dtype": dtype, "device": device}
+    check(OPERATOR, cases.ssd(l=l, groups=(2, 2), **options))
+
+
+@pytest.mark.parametrize("chunk_size", [1, 5, 16, 32, 64, 128, 256])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_chunk_sizes(device: str, dtype: torch.dtype, chunk_size: int) -> None:
+    options = {"options": WITHOUT_LIMIT, "decay": "strong", "dtype": dtype, "device": device}
+    for l in {chunk_size - 1, chunk_size, chunk_size + 1, 2 * chunk_size + 7} if chunk_size <= 64 else {263}:
+        check(OPERATOR, cases.ssd(1, l, 2, 5, 3, chunk_size=chunk_size, **options))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_long(device: str, dtype: torch.dtype) -> None:
+    check(OPERATOR, cases.ssd(1, 4096, 2, 4, 8, options=WITHOUT_LIMIT, dtype=dtype, device=device))
+
+
+@pytest.mark.parametrize("pack", cases.PACKS)
+@pytest.mark.parametrize("option", [None, *SSD_OPTIONS])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_each_option_alone(device: str, dtype: torch.dtype, option: str | None, pack: str | None) -> None:
+    options = () if option is None else (option,)
+    b = 1 if pack == "cu_seqlens" else 2
+    check(OPERATOR, cases.ssd(b, l=70, options=options, pack=pack, dtype=dtype, device=device))
+
+
+@pytest.mark.parametrize("decay", ["weak", "strong"])
+@pytest.mark.parametrize("softplus", [False, True])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_all_options_with_limits(device: str, dtype: torch.dtype, softplus: bool, decay: str) -> None:
+    options = [option for option in SSD_OPTIONS if softplus or option != "dt_softplus"]
+    check(OPERATOR, cases.ssd(l=70, options=options, decay=decay, dtype=dtype, device=device))
+
+
+def test_a_step_at_its_limit_passes_the_gradient(device: str) -> None:
+    inputs = cases.ssd(options=("dt_limit",), device=device)
+    inputs["dt_limit"] = (0.25, 0.5)
+    values = torch.tensor([0.125, 0.25, 0.375, 0.5, 0.625], device=device)
+    inputs["dt"] = values[torch.arange(inputs["dt"].numel(), device=device) % 5].view(inputs["dt"].shape)
+    gradient = check(OPERATOR, inputs)["grad dt"]
+    outside = (inputs["dt"] < 0.25) | (inputs["dt"] > 0.5)
+    assert torch.equal(gradient == 0, outside)
+
+
+@pytest.mark.parametrize("groups", [(1, 1), (2, 2), (6, 6), (1, 6), (6, 1), (2, 3), (3, 2)])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_groups(device: str, dtype: torch.dtype, groups: tuple[int, int]) -> None:
+    options = {"groups": groups, "options": SSD_OPTIONS, "dtype": dtype, "device": device}
+    check(OPERATOR, cases.ssd(2, 70, 6, **options))
+    check(OPERATOR, cases.ssd(1, 70, 6, pack="cu_seqlens", D_per_channel=True, **options))
+
+
+@pytest.mark.parametrize("pack", cases.PACKS[1:])
+@pytest.mark.parametrize("l", [1, 2, 64, 128, 300])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_packs(device: str, dtype: torch.dtype, l: int, pack: str) -> None:
+    b = 1 if pack == "cu_seqlens" else 2
+    inputs = cases.ssd(b, l, options=WITHOUT_LIMIT, pack=pack, decay="strong", dtype=dtype, device=device)
+    check(OPERATOR, inputs)
+    check(OPERATOR, inputs | {"chunk_size": 16})
+
+
+@pytest.mark.parametrize("D_per_channel", [False, True])
+@pytest.mark.parametrize("layout", cases.LAYOUTS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_layouts(device: str, dtype: torch.dtype, layout: str, D_per_channel: bool) -> None:
+    options = {"groups": (2, 4), "D_per_channel": D_per_channel, "dtype": dtype, "device": device}
+    check(OPERATOR, cases.ssd(l=70, options=SSD_OPTIONS, layout=layout, **options))
+
+
+def test_broadcast_over_heads_and_channels(device: str) -> None:
+    inputs = cases.ssd(l=70, options=SSD_OPTIONS, D_per_channel=True, device=device)
+    for name, dim in (
+        ("A", 0),
+        ("dt_bias", 0),
+        ("D", 1),
+        ("dt", 2),
+        ("z", 2),
+        ("B", 1),
+        ("initial_state", 1),
+    ):
+        inputs[name] = inputs[name].narrow(dim, 0, 1).expand(inputs[name].shape)
+    check(OPERATOR, inputs)
+
+
+@pytest.mark.parametrize("size", [1, 2, 7, 16, 17, 33, 64, 100, 256])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_head_and_state_sizes(device: str, dtype: torch.dtype, size: int) -> None:
+    options = {"options": WITHOUT_LIMIT, "dtype": dtype, "device": device}
+    check(OPERATOR, cases.ssd(1, 67, 2, size, 3, **options))
+    check(OPERATOR, cases.ssd(1, 67, 2, 3, size, **options))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_the_sizes_of_a_layer(device: str, dtype: torch.dtype) -> None:
+    options = {"options": WITHOUT_LIMIT, "dtype": dtype, "device": device}
+    check(OPERATOR, cases.ssd(1, 150, 3, 64, 128, **options))
+
+
+@pytest.mark.parametrize("params", [torch.float32, torch.bfloat16])
+def test_parameters_in_either_dtype(device: str, params: torch.dtype) -> None:
+    inputs = cases.ssd(l=70, options=SSD_OPTIONS, dtype=torch.bfloat16, params=params, device=device)
+    check(OPERATOR, inputs)
+    check(OPERATOR, inputs | {"dt": inputs["dt"].float()})
+
+
+@pytest.mark.parametrize("pack", cases.PACKS)
+@pytest.mark.parametrize("sizes", [(0, 23, 4, 3, 5), (2, 0, 4, 3, 5), (0, 0, 4, 3, 5), (1, 0, 4, 3, 5)])
+def test_empty(device: str, sizes: tuple[int, int, int, int, int], pack: str | None) -> None:
+    if pack == "cu_seqlens" and sizes[0] != 1:
+        pytest.skip("a pack has batch 1")
+    check(OPERATOR, cases.ssd(*sizes, options=SSD_OPTIONS, pack=pack, device=device))
+
+
+@pytest.mark.parametrize("loss", [("y",), ("final_state",)])
+def test_a_loss_of_one_output(device: str, loss: tuple[str]) -> None:
+    check(OPERATOR, cases.ssd(l=70, options=SSD_OPTIONS, device=device), loss)
+
+
+def test_softplus_beyond_its_threshold(device: str) -> None:
+    inputs = cases.ssd(2, 40, options=("dt_softplus",), device=device)
+    inputs["dt"][:, ::5] = torch.linspace(15, 25, 8 * 4, device=device).view(8, 4)
+    inputs["A"] *= 0.01
+    check(OPERATOR, inputs)
+
+
+def test_a_gate_of_zero(device: str) -> None:
+    inputs = cases.ssd(options=SSD_OPTIONS, device=device)
+    inputs["z"][:, :, ::2] = 0
+    check(OPERATOR, inputs)
+
+
+def test_decay_that_underflows(device: str) -> None:
+    """exp(s_i - s_j) masked after exp would be inf * 0 here."""
+    inputs = cases.ssd(l=150, options=SSD_OPTIONS, decay="strong", device=device)
+    inputs["A"] *= 100
+    check(OPERATOR, inputs)
+
+
+@pytest.mark.parametrize("growth", [0.0, 0.5])
+def test_rates_that_do_not_decay(device: str, growth: float) -> None:
+    inputs = cases.ssd(l=70, options=SSD_OPTIONS, device=device)
+    inputs["A"] = torch.full_like(inputs["A"], growth)
+    got = check(OPERATOR, inputs)
+    assert math.isfinite(got["y"].abs().max())
+
+
+def test_a_pack_equals_its_sequences(device: str) -> None:
+    inputs = cases.ssd(1, 150, options=SSD_OPTIONS, pack="cu_seqlens", device=device)
+    y, state = mamba_ops.ssd(**inputs)
+    cuts = inputs.pop("cu_seqlens").tolist()
+    for k, (begin, end) in enumerate(zip(cuts[:-1], cuts[1:], strict=True)):
+        tokens = {name: inputs[name][:, begin:end] for name in ("x", "dt", "B", "C", "z")}
+        row = inputs["initial_state"][k : k + 1]
+        y_k, state_k = mamba_ops.ssd(**inputs | tokens | {"initial_state": row})
+        torch.testing.assert_close(y[:, begin:end], y_k)
+        torch.testing.assert_close(state[k : k + 1], state_k)
+
+
+@settings(max_examples=60)
+@given(data=st.data())
+def test_any_shape_and_options(data: st.DataObject) -> None:
+    draw = data.draw
+    pack = draw(st.sampled_from(cases.PACKS))
+    h = draw(st.integers(2, 6))
+    groups = st.sampled_from([g for g in range(1, h + 1) if h % g == 0])
+    inputs = cases.ssd(
+        1 if pack == "cu_seqlens" else draw(st.integers(1, 3)),
+        draw(st.integers(1, 150)),
+        h,
+        draw(st.integers(1, 20)),
+        draw(st.integers(1, 20)),
+        groups=(draw(groups), draw(groups)),
+        chunk_size=draw(st.sampled_from([None, 1, 8, 30, 64, 128])),
+        D_per_channel=draw(st.booleans()),
+        options=draw(st.sets(st.sampled_from(SSD_OPTIONS))),
+        pack=pack,
+        decay=draw(st.sampled_from(sorted(cases.STEPS))),
+        layout=draw(st.sampled_from(cases.LAYOUTS)),
+        dtype=draw(st.sampled_from(DTYPES)),
+        seed=draw(st.integers(0, 1000)),
+    )
+    check(OPERATOR, inputs)

@@ -1,0 +1,207 @@
+"""The one-token updates against the reference: outputs, states left behind, rows of a cache."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import mamba_ops
+from tests import cases
+from tests.cases import CONV_OPTIONS, SCAN_OPTIONS, SSD_OPTIONS
+from tests.compare import check
+
+OPERATOR = "selective_state_update"
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+CONV, SCAN, SSD = CONV_OPTIONS[:2], SCAN_OPTIONS[:4], SSD_OPTIONS[:5]
+
+
+@pytest.mark.parametrize("rows", [None, 7])
+@pytest.mark.parametrize("k", [None, 4, 9])
+@pytest.mark.parametrize("t", [None, 1, 3, 6])
+@pytest.mark.parametrize("w", [2, 3, 4])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_conv(
+    device: str, dtype: torch.dtype, w: int, t: int | None, k: int | None, rows: int | None
+) -> None:
+    options = {"rows": rows, "options": CONV, "dtype": dtype, "device": device}
+    check("causal_conv1d_update", cases.causal_conv1d_update(3, 70, w, t=t, k=k, **options))
+
+
+@pytest.mark.parametrize("rows", [None, 7])
+@pytest.mark.parametrize("g", [None, 1, 2])
+@pytest.mark.parametrize("t", [None, 1, 4])
+@pytest.mark.parametrize("complex_A", [False, True])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_scan(
+    device: str, dtype: torch.dtype, complex_A: bool, t: int | None, g: int | None, rows: int | None
+) -> None:
+    options = {"complex_A": complex_A, "options": SCAN, "dtype": dtype, "device": device}
+    check(OPERATOR, cases.selective_state_update(3, 22, 17, t=t, g=g, rows=rows, **options))
+
+
+@pytest.mark.parametrize("rows", [None, 7])
+@pytest.mark.parametrize("groups", [(1, 1), (2, 4)])
+@pytest.mark.parametrize("t", [None, 1, 4])
+@pytest.mark.parametrize("D_per_channel", [False, True])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_ssd(
+    device: str,
+    dtype: torch.dtype,
+    D_per_channel: bool,
+    t: int | None,
+    groups: tuple[int, int],
+    rows: int | None,
+) -> None:
+    options = {"groups": groups, "options": SSD, "dtype": dtype, "device": device}
+    check(
+        "ssd_state_update",
+        cases.ssd_state_update(3, 4, 9, 17, t=t, rows=rows, D_per_channel=D_per_channel, **options),
+    )
+
+
+@pytest.mark.parametrize("option", [None, *SCAN])
+def test_each_scan_option_alone(device: str, option: str | None) -> None:
+    options = () if option is None else (option,)
+    check(OPERATOR, cases.selective_state_update(options=options, device=device))
+
+
+@pytest.mark.parametrize("option", [None, *SSD])
+def test_each_ssd_option_alone(device: str, option: str | None) -> None:
+    options = () if option is None else (option,)
+    check("ssd_state_update", cases.ssd_state_update(options=options, device=device))
+
+
+@pytest.mark.parametrize("option", [None, *CONV])
+def test_each_conv_option_alone(device: str, option: str | None) -> None:
+    options = () if option is None else (option,)
+    check("causal_conv1d_update", cases.causal_conv1d_update(options=options, device=device))
+
+
+@pytest.mark.parametrize("state_dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("t", [None, 2])
+def test_states_in_any_dtype(device: str, t: int | None, state_dtype: torch.dtype) -> None:
+    for dtype in (torch.float32, torch.bfloat16):
+        options = {"t": t, "state_dtype": state_dtype, "dtype": dtype, "device": device}
+        check(OPERATOR, cases.selective_state_update(options=SCAN, **options))
+        check("ssd_state_update", cases.ssd_state_update(options=SSD, **options))
+
+
+@pytest.mark.parametrize("layout", cases.LAYOUTS)
+@pytest.mark.parametrize("t", [None, 3])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_layouts(device: str, dtype: torch.dtype, t: int | None, layout: str) -> None:
+    options = {"t": t, "rows": 5, "layout": layout, "dtype": dtype, "device": device}
+    check(OPERATOR, cases.selective_state_update(g=2, options=SCAN, **options))
+    check("ssd_state_update", cases.ssd_state_update(options=SSD, **options))
+    check("causal_conv1d_update", cases.causal_conv1d_update(k=5, options=CONV, **options))
+
+
+def test_parameters_expanded_from_heads(device: str) -> None:
+    """As transformers calls it: one rate, step and skip per head, broadcast over its channels."""
+    inputs = cases.selective_state_update(3, 6, 5, options=SCAN, device=device)
+    for name, dim in (("A", 1), ("delta", 1), ("delta_bias", 0), ("D", 0)):
+        inputs[name] = inputs[name].narrow(dim, 0, 1).expand(inputs[name].shape)
+    check(OPERATOR, inputs)
+
+
+UPDATES: dict[str, Callable[..., cases.Inputs]] = {
+    "causal_conv1d_update": cases.causal_conv1d_update,
+    "selective_state_update": cases.selective_state_update,
+    "ssd_state_update": cases.ssd_state_update,
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
+@pytest.mark.parametrize("name", UPDATES)
+def test_padding_rows_touch_nothing(device: str, name: str, dtype: torch.dtype) -> None:
+    inputs = UPDATES[name](4, rows=9, device=device)
+    inputs["state_indices"] = torch.tensor([7, -1, 2, -5], dtype=dtype, device=device)
+    before = inputs["state"].clone()
+    y = getattr(mamba_ops, name)(**inputs)
+    assert y[[1, 3]].count_nonzero() == 0
+    others = [0, 1, 3, 4, 5, 6, 8]
+    assert torch.equal(inputs["state"][others], before[others])
+    assert not torch.equal(inputs["state"][[7, 2]], before[[7, 2]])
+
+
+@pytest.mark.parametrize("name", UPDATES)
+def test_nothing_but_padding(device: str, name: str) -> None:
+    inputs = UPDATES[name](2, rows=3, device=device)
+    inputs["state_indices"] = torch.tensor([-1, -1], device=device)
+    before = inputs["state"].clone()
+    assert getattr(mamba_ops, name)(**inputs).count_nonzero() == 0
+    assert torch.equal(inputs["state"], before)
+
+
+@pytest.mark.parametrize("name", UPDATES)
+def test_an_empty_batch(device: str, name: str) -> None:
+    inputs = UPDATES[name](0, rows=3, device=device)
+    before = inputs["state"].clone()
+    y = getattr(mamba_ops, name)(**inputs)
+    assert y.shape == (inputs["u"] if "u" in inputs else inputs["x"]).shape
+    assert torch.equal(inputs["state"], before)
+
+
+def steps(
+    operator: Callable[..., Any], inputs: cases.Inputs, dim: int, names: tuple[str, ...]
+) -> torch.Tensor:
+    """The outputs of one-token calls, joined along dim."""
+    length = inputs[names[0]].shape[dim]
+    tokens = [{k: inputs[k].select(dim, t) for k in names if k in inputs} for t in range(length)]
+    return torch.stack([operator(**inputs | token) for token in tokens], dim)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_tokens_one_by_one_equal_tokens_at_once(device: str, dtype: torch.dtype) -> None:
+    for name, dim, names, inputs in (
+        ("causal_conv1d_update", 2, ("x",), cases.causal_conv1d_update(t=5, options=CONV, dtype=dtype)),
+        (
+            "selective_state_update",
+            -1,
+            ("u", "delta", "B", "C", "z"),
+            cases.selective_state_update(t=5, options=SCAN, dtype=dtype),
+        ),
+        (
+            "ssd_state_update",
+            1,
+            ("x", "dt", "B", "C", "z"),
+            cases.ssd_state_update(t=5, options=SSD, dtype=dtype),
+        ),
+    ):
+        inputs = {k: v.to(device) if isinstance(v, torch.Tensor) else v for k, v in inputs.items()}
+        operator, state = getattr(mamba_ops, name), inputs["state"].clone()
+        y = operator(**inputs | {"state": state})
+        torch.testing.assert_close(steps(operator, inputs, dim, names), y)
+        torch.testing.assert_close(inputs["state"], state)
+
+
+@settings(max_examples=40)
+@given(data=st.data())
+def test_any_shape_and_options(data: st.DataObject) -> None:
+    draw = data.draw
+    b = draw(st.integers(1, 4))
+    shared = {
+        "t": draw(st.sampled_from([None, 1, 2, 5])),
+        "rows": draw(st.sampled_from([None, b, b + 3])),
+        "layout": draw(st.sampled_from(cases.LAYOUTS)),
+        "dtype": draw(st.sampled_from(DTYPES)),
+        "seed": draw(st.integers(0, 1000)),
+    }
+    n = draw(st.integers(1, 40))
+    conv = draw(st.sets(st.sampled_from(CONV)))
+    check(
+        "causal_conv1d_update",
+        cases.causal_conv1d_update(b, n, draw(st.integers(2, 4)), options=conv, **shared),
+    )
+    scan = draw(st.sets(st.sampled_from(SCAN)))
+    d = draw(st.integers(1, 40))
+    check(
+        OPERATOR, cases.selective_state_update(b, d, n, options=scan, complex_A=draw(st.booleans()), **shared)
+    )
+    ssd = draw(st.sets(st.sampled_from(SSD)))
+    groups = draw(st.sampled_from([(1, 1), (2, 1), (1, 4), (4, 4)]))
+    sizes = (b, 4, draw(st.integers(1, 20)), n)
+    check("ssd_state_update", cases.ssd_state_update(*sizes, groups=groups, options=ssd, **shared))
