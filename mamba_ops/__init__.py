@@ -2,7 +2,14 @@
 
 import torch  # first: libmamba_ops.so finds libtorch by its soname
 
-from . import _C, reference
+try:
+    from . import _C
+except ImportError as error:
+    raise ImportError(
+        f"mamba_ops is not built in {__path__[0]} ({error}). From a checkout: pip install -e . ; an installed "
+        "mamba_ops is found when Python runs outside the checkout"
+    ) from error
+from . import reference
 from .causal_conv1d import causal_conv1d
 from .nn import Mamba, Mamba2, RMSNormGated
 from .norm import rms_norm_gated

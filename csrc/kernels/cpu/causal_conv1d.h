@@ -59,11 +59,41 @@ void load_conv_input(R* dst, const ConvFwd& p, const Piece& piece, const ConvUni
             p.x.stride[2], unit.channels, p.x.stride[1]);
 }
 
+// The taps of one vector of channels, and the window of inputs that slides over them.
+template <class R, int kTaps>
+struct Window {
+  Vec<R> tap[kTaps], bias, in[kTaps];
+
+  MAMBA_INLINE Window(const ConvUnit<R>& unit, const R* x, int64_t v) : bias(load<R>(unit.taps + kTaps * kConvChannels + v)) {
+    for (int k = 0; k < kTaps; ++k) {
+      tap[k] = load<R>(unit.taps + k * kConvChannels + v);
+      in[k] = k ? load<R>(x + (k - 1) * kConvChannels + v) : Vec<R>{};
+    }
+  }
+  MAMBA_INLINE Vec<R> next(Vec<R> x) {  // c of the token that x is the input of
+    Vec<R> c = bias;
+    for (int k = 0; k < kTaps - 1; ++k) c += tap[k] * (in[k] = in[k + 1]);
+    return c + tap[kTaps - 1] * (in[kTaps - 1] = x);
+  }
+};
+
+template <class F>
+MAMBA_INLINE void with_taps(int w, F f) {
+  w == 2 ? f.template operator()<2>() : w == 3 ? f.template operator()<3>() : f.template operator()<4>();
+}
+
+// y of `tokens` tokens; x begins w - 1 before the first.
 template <class R>
-MAMBA_INLINE Vec<R> conv_at(const R* x, const ConvUnit<R>& unit, int w, int64_t v) {
-  Vec<R> c = load<R>(unit.taps + w * kConvChannels + v);
-  for (int k = 0; k < w; ++k) c += load<R>(unit.taps + k * kConvChannels + v) * load<R>(x + k * kConvChannels + v);
-  return c;
+MAMBA_INLINE void conv_outputs(R* y, const ConvDims& dims, const ConvUnit<R>& unit, const R* x, int64_t tokens) {
+  with_taps(dims.w, [&]<int kTaps>() {
+    for (int64_t v = 0; v < unit.channels; v += kWidth<R>) {
+      Window<R, kTaps> window(unit, x, v);
+      for (int64_t t = 0; t < tokens; ++t) {
+        const Vec<R> c = window.next(load<R>(x + (t + kTaps - 1) * kConvChannels + v));
+        store<R>(y + t * kConvChannels + v, dims.silu ? silu<R>(c) : c);
+      }
+    }
+  });
 }
 
 template <class R>
@@ -73,17 +103,12 @@ void causal_conv1d_fwd(const ConvFwd& p, int64_t unit_begin, int64_t unit_end, v
   R* y = x + kConvRows * kConvChannels;
   for (int64_t u = unit_begin; u < unit_end; ++u) {
     const ConvUnit<R> unit(p, u, y + kConvRows * kConvChannels);
-    const int64_t width = padded(unit.channels);
     for (int64_t i = p.pieces.group[unit.group]; i < p.pieces.group[unit.group + 1]; ++i) {
       const Piece& piece = p.pieces.piece[i];
       for (int64_t t0 = piece.begin; t0 < piece.end; t0 += kConvTokens) {
         const int64_t t1 = t0 + kConvTokens < piece.end ? t0 + kConvTokens : piece.end;
         load_conv_input(x, p, piece, unit, t0 - (w - 1), t1);
-        for (int64_t t = 0; t < t1 - t0; ++t)
-          for (int64_t v = 0; v < width; v += kWidth<R>) {
-            const Vec<R> c = conv_at(x + t * kConvChannels, unit, w, v);
-            store<R>(y + t * kConvChannels + v, p.dims.silu ? silu<R>(c) : c);
-          }
+        conv_outputs(y, p.dims, unit, x, t1 - t0);
         store_tile(p.y, piece.row * p.y.stride[0] + unit.c0 * p.y.stride[1] + t0 * p.y.stride[2], t1 - t0, p.y.stride[2],
                    unit.channels, p.y.stride[1], y, kConvChannels);
       }
@@ -129,27 +154,30 @@ void causal_conv1d_bwd(const ConvBwd& p, int64_t unit_begin, int64_t unit_end, v
                     p.dy.stride[2], unit.channels, p.dy.stride[1]);
         }
         const int64_t mine = (t1 < hi ? t1 : hi) - lo;  // the tokens after them count in the next tile
-        for (int64_t v = 0; v < width; v += kWidth<R>) {
-          Vec<R> sum[kConvMaxWidth + 1] = {};
-          for (int64_t t = 0; t < tokens; ++t) {
-            Vec<R> g = load<R>(dy + t * ld + v);
-            if (dims.silu) g *= silu_grad<R>(conv_at(x + t * ld, unit, dims.w, v));
-            store<R>(gc + t * ld + v, g);
-            if (t >= mine) continue;
-            for (int k = 0; k < dims.w; ++k) sum[k] += g * load<R>(x + (t + k) * ld + v);
-            sum[dims.w] += g;
-          }
-          for (int k = 0; k <= dims.w; ++k) store<R>(sums + k * ld + v, load<R>(sums + k * ld + v) + sum[k]);
-        }
-        for (int64_t s = t0; s < t1; ++s)  // token s of x~, before the run: the initial state
+        with_taps(dims.w, [&]<int kTaps>() {
           for (int64_t v = 0; v < width; v += kWidth<R>) {
-            Vec<R> g = {};
-            for (int k = 0; k < dims.w; ++k) {
-              const int64_t t = s + halo - k;
-              if (t >= lo && t < hi) g += load<R>(unit.taps + k * ld + v) * load<R>(gc + (t - lo) * ld + v);
+            Window<R, kTaps> window(unit, x, v);
+            Vec<R> sum[kTaps + 1] = {};
+            for (int64_t t = 0; t < tokens; ++t) {
+              const Vec<R> c = window.next(load<R>(x + (t + kTaps - 1) * ld + v));
+              Vec<R> g = load<R>(dy + t * ld + v);
+              if (dims.silu) g *= silu_grad<R>(c);
+              store<R>(gc + t * ld + v, g);
+              if (t >= mine) continue;
+              for (int k = 0; k < kTaps; ++k) sum[k] += g * window.in[k];
+              sum[kTaps] += g;
             }
-            store<R>(out + (s - t0) * ld + v, g);
+            for (int k = 0; k <= kTaps; ++k) store<R>(sums + k * ld + v, load<R>(sums + k * ld + v) + sum[k]);
+            for (int64_t s = t0; s < t1; ++s) {  // token s of x~; before the run: the initial state
+              Vec<R> g = {};
+              for (int k = 0; k < kTaps; ++k) {
+                const int64_t t = s + kTaps - 1 - k;
+                if (t >= lo && t < hi) g += window.tap[k] * load<R>(gc + (t - lo) * ld + v);
+              }
+              store<R>(out + (s - t0) * ld + v, g);
+            }
           }
+        });
         if (gfinal && t1 > piece.run_end - halo) {  // the last w - 1 rows of x~ are also the final state
           const int64_t from = t0 > piece.run_end - halo ? t0 : piece.run_end - halo;
           load_tile(dy, ld, gfinal,

@@ -122,7 +122,7 @@ void rms_norm_gated_bwd(const NormBwd& p, int64_t unit_begin, int64_t unit_end, 
         for (int64_t j = 0; j < ld; j += w) {
           Vec<R> v = load<R>(xi + j), q = load<R>(gy + j) * load<R>(scale + j);
           if (gated) {
-            const Vec<R> zj = load<R>(zi + j), s = sigmoid<R>(zj);
+            const Vec<R> zj = load<R>(zi + j), s = sigmoid(zj);
             store<R>(si + j, s);
             (before ? q : v) *= zj * s;
           }

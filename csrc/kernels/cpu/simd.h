@@ -169,21 +169,31 @@ MAMBA_INLINE Vec<R> softplus(Vec<R> v) {
   const Vec<R> soft = pos + log1p_unit(exp(neg));
   return v > R(20) ? v : soft;
 }
-template <class R>
-MAMBA_INLINE Vec<R> sigmoid(Vec<R> v) {
-  return R(1) / (R(1) + exp(Vec<R>(-v)));
+MAMBA_INLINE Vec<float> reciprocal(Vec<float> x) {  // of normal numbers
+#if defined(__AVX512F__)
+  const Vec<float> r = (Vec<float>)_mm512_rcp14_ps((__m512)x);
+  return r * (2.f - x * r);
+#else
+  return 1.f / x;
+#endif
 }
+MAMBA_INLINE Vec<double> reciprocal(Vec<double> x) { return 1. / x; }
+
+MAMBA_INLINE Vec<float> sigmoid(Vec<float> v) {
+  return reciprocal(Vec<float>(1.f + exp(min(splat(87.f), Vec<float>(-v)))));
+}
+MAMBA_INLINE Vec<double> sigmoid(Vec<double> v) { return 1. / (1. + exp(Vec<double>(-v))); }
 template <class R>
 MAMBA_INLINE Vec<R> softplus_grad(Vec<R> v) {
-  return v > R(20) ? splat(R(1)) : sigmoid<R>(v);
+  return v > R(20) ? splat(R(1)) : sigmoid(v);
 }
 template <class R>
 MAMBA_INLINE Vec<R> silu(Vec<R> z) {
-  return z * sigmoid<R>(z);
+  return z * sigmoid(z);
 }
 template <class R>
 MAMBA_INLINE Vec<R> silu_grad(Vec<R> z) {
-  const Vec<R> s = sigmoid<R>(z);
+  const Vec<R> s = sigmoid(z);
   return s * (R(1) + z * (R(1) - s));
 }
 

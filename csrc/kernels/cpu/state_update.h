@@ -114,11 +114,10 @@ void causal_conv1d_update(const ConvUpdate& p, int64_t unit_begin, int64_t unit_
         const int64_t tokens = dims.l - t0 < kConvTokens ? dims.l - t0 : kConvTokens;
         const int64_t offset = b * in.stride[0] + unit.c0 * in.stride[1] + t0 * in.stride[2];
         load_tile(x + halo * ld, ld, in, offset, tokens, in.stride[2], unit.channels, in.stride[1]);
-        for (int64_t t = 0; t < tokens; ++t)
-          for (int64_t v = 0; v < unit.channels; v += kWidth<R>) {
-            const Vec<R> c = row >= 0 ? conv_at(x + t * ld, unit, dims.w, v) : Vec<R>{};
-            store<R>(y + t * ld + v, dims.silu ? silu<R>(c) : c);
-          }
+        if (row >= 0)
+          conv_outputs(y, dims, unit, x, tokens);
+        else
+          for (int64_t i = 0; i < tokens * ld; ++i) y[i] = 0;
         store_tile(out, b * out.stride[0] + unit.c0 * out.stride[1] + t0 * out.stride[2], tokens,
                    out.stride[2], unit.channels, out.stride[1], y, ld);
         const int64_t column = t0 + p.k - dims.l;  // of token t0 in the state
