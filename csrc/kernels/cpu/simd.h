@@ -92,8 +92,9 @@ MAMBA_INLINE Vec<float> min(Vec<float> a, Vec<float> b) {
 
 // ---- exp, log1p and what follows from them. NaN stays NaN ------------------------------------------------
 MAMBA_INLINE Vec<float> exp2(Vec<float> x) {
-  // 2^x = 2^n 2^r, n = round(x), |r| <= 1/2; a minimax polynomial of 2^r with 2^0 = 1 exactly.
-  const Vec<float> magic = splat(12582912.f);
+  // 2^x = 2^n 2^r, n = round(x), |r| <= 1/2; a minimax polynomial of 2^r with 2^0 = 1 exactly. The magic number leaves
+  // n + 127, the exponent's bits, at the low end of `shifted`. Below 2^-126 the result stays there; above 2^127.5 it is infinite.
+  const Vec<float> magic = splat(12582912.f + 127.f);
   x = min(splat(128.f), max(splat(-126.f), x));
   const Vec<float> shifted = x + magic;
   const Vec<float> r = x - (shifted - magic);
@@ -104,8 +105,7 @@ MAMBA_INLINE Vec<float> exp2(Vec<float> x) {
   p = p * r + 2.402264791e-1f;
   p = p * r + 6.931472029e-1f;
   p = p * r + 1.f;
-  const IntVec<float> n = (IntVec<float>)shifted << 23;
-  return (Vec<float>)((IntVec<float>)p + n);
+  return p * (Vec<float>)((IntVec<float>)shifted << 23);  // a product: NaN stays NaN
 }
 template <class R, class F>
 MAMBA_INLINE Vec<R> each_lane(Vec<R> x, F f) {
