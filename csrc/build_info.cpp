@@ -26,7 +26,6 @@ std::string cpu_isa() { return cpu().name; }
 std::vector<std::string> runnable_cpu_isas() { return cpu_isas(); }
 void force_cpu_isa(const std::string& name) { set_cpu_isa(name); }
 
-
 namespace {
 
 using Plan = std::map<std::string, std::string>;
@@ -67,14 +66,33 @@ Plan plan(const std::string& op, const std::string& device, const std::string& d
   plan["kernel"] = std::string("cpu ") + cpu().name;
   const int64_t b = size("b", 1), l = size("l", 1), g = size("g", 1);
   if (op == "selective_scan") {
-    ScanDims dims{.b = b, .d = size("d", 1), .l = l, .n = size("n", 16), .groups_B = g, .groups_C = g, .complex = false,
-                  .softplus = true, .constant_B = false, .constant_C = false};
+    ScanDims dims{.b = b,
+                  .d = size("d", 1),
+                  .l = l,
+                  .n = size("n", 16),
+                  .groups_B = g,
+                  .groups_C = g,
+                  .complex = false,
+                  .softplus = true,
+                  .constant_B = false,
+                  .constant_C = false};
     const Segments segments(runs_of_rows(b, l), dims);
     describe(plan, segments, segments.list().view().groups * dims.channel_blocks());
     plan["checkpoint"] = std::to_string(kScanCheckpoint);
   } else if (op == "ssd") {
-    SsdDims dims{.b = b, .l = l, .h = size("h", 1), .p = size("p", 64), .n = size("n", 128), .groups_B = g, .groups_C = g,
-                 .q = size("q", kSsdChunk), .heads = 1, .softplus = true, .D_per_channel = false, .dt_min = 0, .dt_max = 0};
+    SsdDims dims{.b = b,
+                 .l = l,
+                 .h = size("h", 1),
+                 .p = size("p", 64),
+                 .n = size("n", 128),
+                 .groups_B = g,
+                 .groups_C = g,
+                 .q = size("q", kSsdChunk),
+                 .heads = 1,
+                 .softplus = true,
+                 .D_per_channel = false,
+                 .dt_min = 0,
+                 .dt_max = 0};
     const Segments segments(runs_of_rows(b, l), dims);
     describe(plan, segments, segments.list().view().groups * dims.head_blocks());
     plan["chunk_size"] = std::to_string(dims.q);

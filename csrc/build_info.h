@@ -1,5 +1,5 @@
-// libmamba_ops.so for C++ programs: what it was built with. The operators themselves are reached through torch's
-// dispatcher, as torch.ops.mamba_ops is in Python.
+// libmamba_ops.so for C++ programs: what it was built with. The operators themselves are reached through
+// torch's dispatcher, as torch.ops.mamba_ops is in Python.
 #pragma once
 #include <map>
 #include <string>
@@ -13,7 +13,8 @@ MAMBA_OPS_API std::map<std::string, std::string> build_info();
 MAMBA_OPS_API std::string cpu_isa();
 MAMBA_OPS_API std::vector<std::string> runnable_cpu_isas();
 MAMBA_OPS_API void force_cpu_isa(const std::string& name);
-// What a call would run: the kernel and how it cuts the work. Sizes by their letters (b, l, d, h, p, n, g, w).
+// What a call would run: the kernel and how it cuts the work. Sizes by their letters (b, l, d, h, p, n, g,
+// w).
 MAMBA_OPS_API std::map<std::string, std::string> plan(const std::string& op, const std::string& device,
                                                       const std::string& dtype,
                                                       const std::map<std::string, int64_t>& sizes);

@@ -1,5 +1,6 @@
-// How work is cut: sequences into pieces, pieces into groups. Everything here follows from the sizes of a call alone,
-// never from the number of threads, so that results are bitwise the same on any machine of one instruction set.
+// How work is cut: sequences into pieces, pieces into groups. Everything here follows from the sizes of a
+// call alone, never from the number of threads, so that results are bitwise the same on any machine of one
+// instruction set.
 #pragma once
 #include <cstdint>
 #include <vector>
@@ -17,8 +18,8 @@ struct Run {
 
 // b rows of l tokens, one sequence each.
 std::vector<Run> runs_of_rows(int64_t b, int64_t l);
-// Sequences between the neighbours of a row where seq_idx differs; the initial state enters the first sequence of a
-// row, and the final state is that of the last one. seq_idx: strides in elements of T.
+// Sequences between the neighbours of a row where seq_idx differs; the initial state enters the first
+// sequence of a row, and the final state is that of the last one. seq_idx: strides in elements of T.
 template <class T>
 std::vector<Run> runs_of_seq_idx(const T* seq_idx, int64_t stride_b, int64_t stride_l, int64_t b, int64_t l);
 // s sequences packed in row 0: offsets 0 = cu[0] <= ... <= cu[s] = l.
@@ -34,13 +35,13 @@ struct PieceList {
   Pieces view() const { return {pieces.data(), group.data(), int64_t(group.size()) - 1}; }
 };
 
-// Cuts every run at the multiples of `max_tokens` of its row and deals the pieces, in order, into at most `max_groups` groups
-// of about equally many tokens. Every piece names the state rows of its run.
+// Cuts every run at the multiples of `max_tokens` of its row and deals the pieces, in order, into at most
+// `max_groups` groups of about equally many tokens. Every piece names the state rows of its run.
 PieceList cut(const std::vector<Run>& runs, int64_t max_tokens, int64_t max_groups);
 
-// The sequences of a recurrence, each a piece; or, where those make too few units of work, cut into segments. Segments take
-// three phases: every piece is run from a zero state, the true states between pieces follow from their ends, then every
-// piece is run on its own. The gradients likewise, in reverse.
+// The sequences of a recurrence, each a piece; or, where those make too few units of work, cut into segments.
+// Segments take three phases: every piece is run from a zero state, the true states between pieces follow
+// from their ends, then every piece is run on its own. The gradients likewise, in reverse.
 class Segments {
  public:
   Segments(const std::vector<Run>& runs, const ScanDims& dims);
@@ -53,8 +54,8 @@ class Segments {
 
   // The pieces of the first phase: from nothing to a row of their own.
   PieceList alone(bool reverse) const;
-  // The pieces of the third phase: piece k enters from row k of `entering` (in reverse: its gradient does). Rows that no
-  // piece leads to are set from `states`, (rows, size) values, zero where absent.
+  // The pieces of the third phase: piece k enters from row k of `entering` (in reverse: its gradient does).
+  // Rows that no piece leads to are set from `states`, (rows, size) values, zero where absent.
   template <class R>
   PieceList joined(R* entering, int64_t size, const void* states, bool reverse) const;
 

@@ -42,12 +42,13 @@ struct Piece {
   int64_t state_out;  // row of the states that leave
 };
 
-// Buffers that hold rows of the arithmetic type pad them to this many values: whole vectors on every instruction set.
+// Buffers that hold rows of the arithmetic type pad them to this many values: whole vectors on every
+// instruction set.
 inline constexpr int64_t kPad = 16;
 inline constexpr int64_t padded(int64_t n) { return (n + kPad - 1) / kPad * kPad; }
 
-// Pieces in groups: a unit of work takes one group, in order, so that sums over tokens have one partial per group
-// and come out the same for any number of threads. group[i] .. group[i + 1]: the pieces of group i.
+// Pieces in groups: a unit of work takes one group, in order, so that sums over tokens have one partial per
+// group and come out the same for any number of threads. group[i] .. group[i + 1]: the pieces of group i.
 struct Pieces {
   const Piece* piece;
   const int64_t* group;

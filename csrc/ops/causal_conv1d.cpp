@@ -48,10 +48,9 @@ struct ConvCall {
 void forward_cpu(const ConvCall& call, ScalarType type) {
   by_arithmetic(type, [&]<class R>() {
     const Kernels<R>& k = cpu().kernels<R>();
-    for_units(call.params.units(), k.causal_conv1d_scratch(),
-              [&](int64_t begin, int64_t end, void* memory) {
-                k.causal_conv1d_fwd(call.params, begin, end, memory);
-              });
+    for_units(call.params.units(), k.causal_conv1d_scratch(), [&](int64_t begin, int64_t end, void* memory) {
+      k.causal_conv1d_fwd(call.params, begin, end, memory);
+    });
   });
 }
 
@@ -65,9 +64,9 @@ void backward_cpu(const ConvCall& call, ConvBwd& params, const Tensor& x) {
   params.partial = partial.data_ptr();
   by_arithmetic(x.scalar_type(), [&]<class R>() {
     const Kernels<R>& k = cpu().kernels<R>();
-    for_units(
-        params.fwd.units(), k.causal_conv1d_scratch(),
-        [&](int64_t begin, int64_t end, void* memory) { k.causal_conv1d_bwd(params, begin, end, memory); });
+    for_units(params.fwd.units(), k.causal_conv1d_scratch(), [&](int64_t begin, int64_t end, void* memory) {
+      k.causal_conv1d_bwd(params, begin, end, memory);
+    });
     k.causal_conv1d_reduce(params);
   });
 }

@@ -64,14 +64,17 @@ const char* name_of(ScalarType type) {
   }
 }
 
-void fail(const char* op, const std::string& message) { throw std::runtime_error(std::string(op) + ": " + message); }
+void fail(const char* op, const std::string& message) {
+  throw std::runtime_error(std::string(op) + ": " + message);
+}
 
-Checker::Checker(const char* op, const Tensor& first) : op_(op), cuda_(first.is_cuda()), device_(first.get_device()) {
+Checker::Checker(const char* op, const Tensor& first)
+    : op_(op), cuda_(first.is_cuda()), device_(first.get_device()) {
   if (!cuda_ && !first.is_cpu()) fail(op, "tensors must be on the CPU or a CUDA GPU, got another device");
 }
 
-void Checker::shape(const char* name, const Tensor& t, const char* letters, std::initializer_list<int64_t> dims,
-                    const char* also) const {
+void Checker::shape(const char* name, const Tensor& t, const char* letters,
+                    std::initializer_list<int64_t> dims, const char* also) const {
   bool ok = t.dim() == int64_t(dims.size());
   int64_t i = 0;
   for (const int64_t want : dims) {
@@ -80,14 +83,16 @@ void Checker::shape(const char* name, const Tensor& t, const char* letters, std:
     ++i;
   }
   if (!ok)
-    fail(op_, std::string(name) + " must be " + letters + " = " + filled(letters, dims) + also + ", got " + shape_of(t));
+    fail(op_, std::string(name) + " must be " + letters + " = " + filled(letters, dims) + also + ", got " +
+                  shape_of(t));
 }
 
 void Checker::dtype(const char* name, const Tensor& t, std::initializer_list<ScalarType> allowed) const {
   std::string list;
   for (auto type = allowed.begin(); type != allowed.end(); ++type) {
     if (t.scalar_type() == *type) return;
-    if (std::find(allowed.begin(), type, *type) == type) list += (list.empty() ? "" : " or ") + std::string(name_of(*type));
+    if (std::find(allowed.begin(), type, *type) == type)
+      list += (list.empty() ? "" : " or ") + std::string(name_of(*type));
   }
   fail(op_, std::string(name) + " must be " + list + ", got " + name_of(t.scalar_type()));
 }
@@ -97,8 +102,8 @@ void Checker::device(const char* name, const Tensor& t) const {
     const auto where = [](bool cuda, bool cpu, int index) {
       return cuda ? "cuda:" + std::to_string(index) : std::string(cpu ? "cpu" : "another device");
     };
-    fail(op_, std::string(name) + " must be on " + where(cuda_, !cuda_, device_) + " like the other tensors, got " +
-                  where(t.is_cuda(), t.is_cpu(), t.get_device()));
+    fail(op_, std::string(name) + " must be on " + where(cuda_, !cuda_, device_) +
+                  " like the other tensors, got " + where(t.is_cuda(), t.is_cpu(), t.get_device()));
   }
   if (t.layout() != torch::headeronly::Layout::Strided)
     fail(op_, std::string(name) + " must be a dense (strided) tensor, got a sparse layout");
@@ -111,7 +116,8 @@ ScalarType Checker::float_type(const char* name, const Tensor& x) const {
 }
 
 ScalarType arithmetic_type(ScalarType storage) {
-  return storage == ScalarType::Double || storage == ScalarType::ComplexDouble ? ScalarType::Double : ScalarType::Float;
+  return storage == ScalarType::Double || storage == ScalarType::ComplexDouble ? ScalarType::Double
+                                                                               : ScalarType::Float;
 }
 
 View view(const Tensor& t) {
@@ -129,13 +135,15 @@ View view(const Tensor& t) {
   return v;
 }
 
-int64_t check_sequences(const Checker& check, int64_t b, int64_t l, const OptTensor& seq_idx, const OptTensor& cu_seqlens) {
+int64_t check_sequences(const Checker& check, int64_t b, int64_t l, const OptTensor& seq_idx,
+                        const OptTensor& cu_seqlens) {
   check.that(!(seq_idx && cu_seqlens), "pass seq_idx or cu_seqlens, not both");
   if (seq_idx) check.all("seq_idx", *seq_idx, "(b, l)", {b, l}, {ScalarType::Int, ScalarType::Long});
   if (!cu_seqlens) return b;
   check.all("cu_seqlens", *cu_seqlens, "(s + 1)", {-1}, {ScalarType::Int, ScalarType::Long});
   check.that(b == 1, "cu_seqlens packs sequences in one batch row, so b must be 1, got " + std::to_string(b));
-  check.that(cu_seqlens->numel() >= 2, "cu_seqlens must hold s + 1 >= 2 offsets, got " + shape_of(*cu_seqlens));
+  check.that(cu_seqlens->numel() >= 2,
+             "cu_seqlens must hold s + 1 >= 2 offsets, got " + shape_of(*cu_seqlens));
   return cu_seqlens->numel() - 1;
 }
 
@@ -164,8 +172,8 @@ std::vector<Run> sequences(const Checker& check, int64_t b, int64_t l, const Opt
       for (int64_t k = 0; k <= s; ++k) {
         const int64_t here = cu[k * stride];
         const bool ok = k == 0 ? here == 0 : here >= cu[(k - 1) * stride] && (k < s || here == l);
-        check.that(ok, "cu_seqlens must rise from 0 to l = " + std::to_string(l) + ", got " + std::to_string(here) +
-                           " at position " + std::to_string(k));
+        check.that(ok, "cu_seqlens must rise from 0 to l = " + std::to_string(l) + ", got " +
+                           std::to_string(here) + " at position " + std::to_string(k));
       }
       runs = runs_of_cu_seqlens(cu, stride, s);
     });

@@ -64,8 +64,10 @@ inline View view(const OptTensor& t) { return t ? view(*t) : View{}; }
 // The sequences of a (b, l) call: checks seq_idx and cu_seqlens and reads them. CPU tensors only.
 std::vector<Run> sequences(const Checker& check, int64_t b, int64_t l, const OptTensor& seq_idx,
                            const OptTensor& cu_seqlens);
-// Shape and dtype checks of the two, on any device; returns the number of state rows: b, or s with cu_seqlens.
-int64_t check_sequences(const Checker& check, int64_t b, int64_t l, const OptTensor& seq_idx, const OptTensor& cu_seqlens);
+// Shape and dtype checks of the two, on any device; returns the number of state rows: b, or s with
+// cu_seqlens.
+int64_t check_sequences(const Checker& check, int64_t b, int64_t l, const OptTensor& seq_idx,
+                        const OptTensor& cu_seqlens);
 
 Tensor empty(std::initializer_list<int64_t> sizes, ScalarType type, const Tensor& device_of);
 Tensor zeros(std::initializer_list<int64_t> sizes, ScalarType type, const Tensor& device_of);

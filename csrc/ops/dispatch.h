@@ -37,7 +37,8 @@ inline void* scratch(size_t bytes) {
   return memory.get();
 }
 
-// Runs f(begin, end, scratch) over units [0, n) on torch's threads; units are handed out one by one, as they differ in length.
+// Runs f(begin, end, scratch) over units [0, n) on torch's threads; units are handed out one by one, as they
+// differ in length.
 template <class F>
 void for_units(int64_t n, size_t scratch_bytes, const F& f) {
   if (n <= 1) {
@@ -45,10 +46,11 @@ void for_units(int64_t n, size_t scratch_bytes, const F& f) {
     return;
   }
   std::atomic<int64_t> next = 0;
-  torch::stable::parallel_for(0, std::min<int64_t>(n, torch::stable::get_num_threads()), 1, [&](int64_t, int64_t) {
-    void* memory = scratch(scratch_bytes);
-    for (int64_t unit; (unit = next++) < n;) f(unit, unit + 1, memory);
-  });
+  torch::stable::parallel_for(0, std::min<int64_t>(n, torch::stable::get_num_threads()), 1,
+                              [&](int64_t, int64_t) {
+                                void* memory = scratch(scratch_bytes);
+                                for (int64_t unit; (unit = next++) < n;) f(unit, unit + 1, memory);
+                              });
 }
 
 // Ends a call that got CUDA tensors in a build, or for an operator, without CUDA kernels.

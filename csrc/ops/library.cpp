@@ -1,5 +1,5 @@
-// Every schema of torch.ops.mamba_ops. Letters: b batch, l length, d channels, h heads, p head dim, n state, g groups,
-// w conv width, s sequences in a pack. Absent outputs have 0 elements.
+// Every schema of torch.ops.mamba_ops. Letters: b batch, l length, d channels, h heads, p head dim, n state,
+// g groups, w conv width, s sequences in a pack. Absent outputs have 0 elements.
 #include <torch/csrc/stable/library.h>
 
 #include "ops/dispatch.h"
@@ -19,27 +19,35 @@ STABLE_TORCH_LIBRARY(mamba_ops, m) {
   m.def(
       "selective_scan_fwd(Tensor u, Tensor delta, Tensor A, Tensor B, Tensor C, Tensor? D, Tensor? z, "
       "Tensor? delta_bias, Tensor? initial_state, Tensor? seq_idx, Tensor? cu_seqlens, bool delta_softplus, "
-      "bool return_final_state, bool save_checkpoints) -> (Tensor y, Tensor final_state, Tensor checkpoints)");
+      "bool return_final_state, bool save_checkpoints) -> (Tensor y, Tensor final_state, Tensor "
+      "checkpoints)");
   m.def(
-      "selective_scan_bwd(Tensor dy, Tensor? dfinal_state, Tensor u, Tensor delta, Tensor A, Tensor B, Tensor C, "
+      "selective_scan_bwd(Tensor dy, Tensor? dfinal_state, Tensor u, Tensor delta, Tensor A, Tensor B, "
+      "Tensor C, "
       "Tensor? D, Tensor? z, Tensor? delta_bias, Tensor? initial_state, Tensor? seq_idx, Tensor? cu_seqlens, "
-      "Tensor checkpoints, bool delta_softplus) -> (Tensor du, Tensor ddelta, Tensor dA, Tensor dB, Tensor dC, "
+      "Tensor checkpoints, bool delta_softplus) -> (Tensor du, Tensor ddelta, Tensor dA, Tensor dB, Tensor "
+      "dC, "
       "Tensor dD, Tensor dz, Tensor ddelta_bias, Tensor dinitial_state)");
 
   // x, z (b,l,h,p); dt (b,l,h); A, dt_bias (h); B, C (b,l,g,n); D (h) or (h,p); states (b or s, h, p, n)
   m.def(
       "ssd_fwd(Tensor x, Tensor dt, Tensor A, Tensor B, Tensor C, Tensor? D, Tensor? z, Tensor? dt_bias, "
-      "Tensor? initial_state, Tensor? seq_idx, Tensor? cu_seqlens, bool dt_softplus, float dt_min, float dt_max, "
+      "Tensor? initial_state, Tensor? seq_idx, Tensor? cu_seqlens, bool dt_softplus, float dt_min, float "
+      "dt_max, "
       "int? chunk_size, bool return_final_state) -> (Tensor y, Tensor final_state)");
   m.def(
-      "ssd_bwd(Tensor dy, Tensor? dfinal_state, Tensor x, Tensor dt, Tensor A, Tensor B, Tensor C, Tensor? D, "
-      "Tensor? z, Tensor? dt_bias, Tensor? initial_state, Tensor? seq_idx, Tensor? cu_seqlens, bool dt_softplus, "
-      "float dt_min, float dt_max, int? chunk_size) -> (Tensor dx, Tensor ddt, Tensor dA, Tensor dB, Tensor dC, "
+      "ssd_bwd(Tensor dy, Tensor? dfinal_state, Tensor x, Tensor dt, Tensor A, Tensor B, Tensor C, Tensor? "
+      "D, "
+      "Tensor? z, Tensor? dt_bias, Tensor? initial_state, Tensor? seq_idx, Tensor? cu_seqlens, bool "
+      "dt_softplus, "
+      "float dt_min, float dt_max, int? chunk_size) -> (Tensor dx, Tensor ddt, Tensor dA, Tensor dB, Tensor "
+      "dC, "
       "Tensor dD, Tensor dz, Tensor ddt_bias, Tensor dinitial_state)");
 
   // x, z (..., d); weight (d); group_size a divisor of d
   m.def(
-      "rms_norm_gated_fwd(Tensor x, Tensor weight, Tensor? z, float eps, SymInt group_size, bool norm_before_gate) -> "
+      "rms_norm_gated_fwd(Tensor x, Tensor weight, Tensor? z, float eps, SymInt group_size, bool "
+      "norm_before_gate) -> "
       "Tensor");
   m.def(
       "rms_norm_gated_bwd(Tensor dy, Tensor x, Tensor weight, Tensor? z, float eps, SymInt group_size, "
@@ -48,15 +56,18 @@ STABLE_TORCH_LIBRARY(mamba_ops, m) {
   // One token, or t of them; state_indices (b): rows of the state, negative for padding.
   // x (b,d[,t]); state (s,d,k); weight (d,w); bias (d)
   m.def(
-      "causal_conv1d_update(Tensor x, Tensor(a!) state, Tensor weight, Tensor? bias, Tensor? state_indices, bool silu) "
+      "causal_conv1d_update(Tensor x, Tensor(a!) state, Tensor weight, Tensor? bias, Tensor? state_indices, "
+      "bool silu) "
       "-> Tensor");
   // state (s,d,n); u, delta, z (b,d[,t]); A (d,n); B, C (b[,g],n[,t]); D, delta_bias (d)
   m.def(
-      "selective_state_update(Tensor(a!) state, Tensor u, Tensor delta, Tensor A, Tensor B, Tensor C, Tensor? D, "
+      "selective_state_update(Tensor(a!) state, Tensor u, Tensor delta, Tensor A, Tensor B, Tensor C, "
+      "Tensor? D, "
       "Tensor? z, Tensor? delta_bias, Tensor? state_indices, bool delta_softplus) -> Tensor");
   // state (s,h,p,n); x, z (b[,t],h,p); dt (b[,t],h); A, dt_bias (h); B, C (b[,t],g,n); D (h) or (h,p)
   m.def(
-      "ssd_state_update(Tensor(a!) state, Tensor x, Tensor dt, Tensor A, Tensor B, Tensor C, Tensor? D, Tensor? z, "
+      "ssd_state_update(Tensor(a!) state, Tensor x, Tensor dt, Tensor A, Tensor B, Tensor C, Tensor? D, "
+      "Tensor? z, "
       "Tensor? dt_bias, Tensor? state_indices, bool dt_softplus, float dt_min, float dt_max) -> Tensor");
 }
 
@@ -66,8 +77,11 @@ void no_cuda_kernel(const char* op) {
 #ifdef USE_CUDA
   fail(op, "has no CUDA kernel in this version; move the tensors to the CPU");
 #else
-  fail(op, "got CUDA tensors, but mamba_ops was built without CUDA; run `python -m mamba_ops doctor` to see why, then "
-           "reinstall with MAMBA_OPS_WITH_CUDA=ON (nvcc on the PATH) or MAMBA_OPS_WITH_CUDA=WHEEL (nvcc from PyPI)");
+  fail(op,
+       "got CUDA tensors, but mamba_ops was built without CUDA; run `python -m mamba_ops doctor` to see why, "
+       "then "
+       "reinstall with MAMBA_OPS_WITH_CUDA=ON (nvcc on the PATH) or MAMBA_OPS_WITH_CUDA=WHEEL (nvcc from "
+       "PyPI)");
 #endif
 }
 
@@ -79,9 +93,9 @@ void no_cuda_kernel(const char* op) {
   MAMBA_IMPL(causal_conv1d_fwd);      \
   MAMBA_IMPL(causal_conv1d_bwd);      \
   MAMBA_IMPL(selective_scan_fwd);     \
-  MAMBA_IMPL(selective_scan_bwd); \
-  MAMBA_IMPL(ssd_fwd); \
-  MAMBA_IMPL(ssd_bwd);     \
+  MAMBA_IMPL(selective_scan_bwd);     \
+  MAMBA_IMPL(ssd_fwd);                \
+  MAMBA_IMPL(ssd_bwd);                \
   MAMBA_IMPL(rms_norm_gated_fwd);     \
   MAMBA_IMPL(rms_norm_gated_bwd);     \
   MAMBA_IMPL(causal_conv1d_update);   \

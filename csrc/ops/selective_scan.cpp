@@ -17,16 +17,19 @@ struct ScanCall {
   ScanFwd params{};
   std::optional<Segments> segments;
 
-  ScanCall(const char* op, const Tensor& u, const Tensor& delta, const Tensor& A, const Tensor& B, const Tensor& C,
-           const OptTensor& D, const OptTensor& z, const OptTensor& delta_bias, const OptTensor& initial_state,
-           const OptTensor& seq_idx, const OptTensor& cu_seqlens, bool softplus)
+  ScanCall(const char* op, const Tensor& u, const Tensor& delta, const Tensor& A, const Tensor& B,
+           const Tensor& C, const OptTensor& D, const OptTensor& z, const OptTensor& delta_bias,
+           const OptTensor& initial_state, const OptTensor& seq_idx, const OptTensor& cu_seqlens,
+           bool softplus)
       : check(op, u), type(check.float_type("u", u)), arithmetic(arithmetic_type(type)) {
     check.shape("u", u, "(b, d, l)", {-1, -1, -1});
     const int64_t b = u.size(0), d = u.size(1), l = u.size(2);
     check.all("delta", delta, "(b, d, l)", {b, d, l}, {type, ScalarType::Float});
     if (z) check.all("z", *z, "(b, d, l)", {b, d, l}, {type, ScalarType::Float});
-    const bool complex = A.scalar_type() == ScalarType::ComplexFloat || A.scalar_type() == ScalarType::ComplexDouble;
-    const ScalarType complex_type = arithmetic == ScalarType::Double ? ScalarType::ComplexDouble : ScalarType::ComplexFloat;
+    const bool complex =
+        A.scalar_type() == ScalarType::ComplexFloat || A.scalar_type() == ScalarType::ComplexDouble;
+    const ScalarType complex_type =
+        arithmetic == ScalarType::Double ? ScalarType::ComplexDouble : ScalarType::ComplexFloat;
     state_type = complex ? complex_type : arithmetic;
     if (complex)
       check.all("A", A, "(d, n)", {d, -1}, {complex_type});
@@ -35,8 +38,16 @@ struct ScanCall {
     const int64_t n = A.size(1);
     check.that(n >= 1 && n <= kScanMaxState,
                "A must be (d, n) with n in 1.." + std::to_string(kScanMaxState) + ", got " + shape_of(A));
-    params.dims = {.b = b, .d = d, .l = l, .n = n, .groups_B = 1, .groups_C = 1, .complex = complex, .softplus = softplus,
-                   .constant_B = B.dim() == 2, .constant_C = C.dim() == 2};
+    params.dims = {.b = b,
+                   .d = d,
+                   .l = l,
+                   .n = n,
+                   .groups_B = 1,
+                   .groups_C = 1,
+                   .complex = complex,
+                   .softplus = softplus,
+                   .constant_B = B.dim() == 2,
+                   .constant_C = C.dim() == 2};
     for (const auto& [name, factor, groups] :
          {std::tuple("B", &B, &params.dims.groups_B), std::tuple("C", &C, &params.dims.groups_C)}) {
       check.device(name, *factor);
@@ -50,14 +61,16 @@ struct ScanCall {
       }
       check.shape(name, *factor, "(b, g, n, l)", {b, -1, n, l}, ", or constant (d, n)");
       *groups = factor->size(1);
-      check.that(*groups >= 1 && d % *groups == 0, std::string(name) + " must be (b, g, n, l) with g dividing d = " +
-                                                       std::to_string(d) + ", got " + shape_of(*factor));
+      check.that(*groups >= 1 && d % *groups == 0,
+                 std::string(name) + " must be (b, g, n, l) with g dividing d = " + std::to_string(d) +
+                     ", got " + shape_of(*factor));
     }
     if (D) check.all("D", *D, "(d)", {d}, {ScalarType::Float, type});
     if (delta_bias) check.all("delta_bias", *delta_bias, "(d)", {d}, {ScalarType::Float, type});
     states = check_sequences(check, b, l, seq_idx, cu_seqlens);
     if (initial_state)
-      check.all("initial_state", *initial_state, cu_seqlens ? "(s, d, n)" : "(b, d, n)", {states, d, n}, {state_type});
+      check.all("initial_state", *initial_state, cu_seqlens ? "(s, d, n)" : "(b, d, n)", {states, d, n},
+                {state_type});
     params.u = view(u);
     params.delta = view(delta);
     params.z = view(z);
@@ -81,15 +94,17 @@ struct ScanCall {
 template <class R>
 void run(const ScanFwd& params) {
   const Kernels<R>& k = cpu().kernels<R>();
-  for_units(params.units(), k.selective_scan_fwd_scratch(params.dims),
-            [&](int64_t begin, int64_t end, void* memory) { k.selective_scan_fwd(params, begin, end, memory); });
+  for_units(
+      params.units(), k.selective_scan_fwd_scratch(params.dims),
+      [&](int64_t begin, int64_t end, void* memory) { k.selective_scan_fwd(params, begin, end, memory); });
 }
 
 template <class R>
 void run(const ScanBwd& params) {
   const Kernels<R>& k = cpu().kernels<R>();
-  for_units(params.fwd.units(), k.selective_scan_bwd_scratch(params.fwd.dims),
-            [&](int64_t begin, int64_t end, void* memory) { k.selective_scan_bwd(params, begin, end, memory); });
+  for_units(
+      params.fwd.units(), k.selective_scan_bwd_scratch(params.fwd.dims),
+      [&](int64_t begin, int64_t end, void* memory) { k.selective_scan_bwd(params, begin, end, memory); });
 }
 
 template <class R>
@@ -98,8 +113,8 @@ void combine(const ScanFwd& params, const Tensor& states, const Tensor& ends, bo
   const int64_t d = params.dims.d;
   for_units((d + kChannels - 1) / kChannels, 0, [&](int64_t begin, int64_t end, void*) {
     cpu().kernels<R>().selective_scan_combine(params, static_cast<R*>(states.data_ptr()),
-                                              static_cast<const R*>(ends.data_ptr()), reverse, begin * kChannels,
-                                              std::min(end * kChannels, d));
+                                              static_cast<const R*>(ends.data_ptr()), reverse,
+                                              begin * kChannels, std::min(end * kChannels, d));
   });
 }
 
@@ -107,7 +122,8 @@ template <class R>
 void forward(const ScanCall& call, ScanFwd params, const Tensor& u) {
   const Segments& segments = *call.segments;
   if (!segments.split()) return run<R>(params);
-  const Tensor entering = call.rows_of_states(u, segments.count()), ends = call.rows_of_states(u, segments.count());
+  const Tensor entering = call.rows_of_states(u, segments.count()),
+               ends = call.rows_of_states(u, segments.count());
   const Tensor sums = empty({segments.count(), params.dims.d}, call.arithmetic, u);
   const PieceList alone = segments.alone(false);
   ScanFwd first = params;
@@ -118,7 +134,8 @@ void forward(const ScanCall& call, ScanFwd params, const Tensor& u) {
   first.pieces = alone.view();
   run<R>(first);
 
-  const PieceList joined = segments.joined(static_cast<R*>(entering.data_ptr()), entering.numel() / segments.count(), params.states_in, false);
+  const PieceList joined = segments.joined(static_cast<R*>(entering.data_ptr()),
+                                           entering.numel() / segments.count(), params.states_in, false);
   combine<R>(first, entering, ends, false);
   params.states_in = entering.data_ptr();
   params.pieces = joined.view();
@@ -129,7 +146,8 @@ template <class R>
 void backward(const ScanCall& call, ScanBwd params, const Tensor& u) {
   const Segments& segments = *call.segments;
   if (!segments.split()) return run<R>(params);
-  const Tensor entering = call.rows_of_states(u, segments.count()), ends = call.rows_of_states(u, segments.count());
+  const Tensor entering = call.rows_of_states(u, segments.count()),
+               ends = call.rows_of_states(u, segments.count());
   const Tensor sums = empty({segments.count(), params.fwd.dims.d}, call.arithmetic, u);
   const PieceList alone = segments.alone(true);
   ScanBwd first = params;
@@ -140,7 +158,8 @@ void backward(const ScanCall& call, ScanBwd params, const Tensor& u) {
   first.fwd.pieces = alone.view();
   run<R>(first);
 
-  const PieceList joined = segments.joined(static_cast<R*>(entering.data_ptr()), entering.numel() / segments.count(), params.dstates_out, true);
+  const PieceList joined = segments.joined(static_cast<R*>(entering.data_ptr()),
+                                           entering.numel() / segments.count(), params.dstates_out, true);
   combine<R>(first.fwd, entering, ends, true);
   params.dstates_out = entering.data_ptr();
   params.fwd.pieces = joined.view();
@@ -154,11 +173,13 @@ Tensor checkpoint_rows(const ScanCall& call, const Tensor& u) {
 
 }  // namespace
 
-std::tuple<Tensor, Tensor, Tensor> selective_scan_fwd(Tensor u, Tensor delta, Tensor A, Tensor B, Tensor C, OptTensor D,
-                                                      OptTensor z, OptTensor delta_bias, OptTensor initial_state,
-                                                      OptTensor seq_idx, OptTensor cu_seqlens, bool delta_softplus,
+std::tuple<Tensor, Tensor, Tensor> selective_scan_fwd(Tensor u, Tensor delta, Tensor A, Tensor B, Tensor C,
+                                                      OptTensor D, OptTensor z, OptTensor delta_bias,
+                                                      OptTensor initial_state, OptTensor seq_idx,
+                                                      OptTensor cu_seqlens, bool delta_softplus,
                                                       bool return_final_state, bool save_checkpoints) {
-  ScanCall call("selective_scan", u, delta, A, B, C, D, z, delta_bias, initial_state, seq_idx, cu_seqlens, delta_softplus);
+  ScanCall call("selective_scan", u, delta, A, B, C, D, z, delta_bias, initial_state, seq_idx, cu_seqlens,
+                delta_softplus);
   const ScanDims& dims = call.params.dims;
   Tensor y = torch::stable::empty_like(u);
   Tensor final_state = return_final_state ? empty({call.states, dims.d, dims.n}, call.state_type, u)
@@ -175,26 +196,30 @@ std::tuple<Tensor, Tensor, Tensor> selective_scan_fwd(Tensor u, Tensor delta, Te
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> selective_scan_bwd(
-    Tensor dy, OptTensor dfinal_state, Tensor u, Tensor delta, Tensor A, Tensor B, Tensor C, OptTensor D, OptTensor z,
-    OptTensor delta_bias, OptTensor initial_state, OptTensor seq_idx, OptTensor cu_seqlens, Tensor checkpoints,
-    bool delta_softplus) {
-  ScanCall call("selective_scan backward", u, delta, A, B, C, D, z, delta_bias, initial_state, seq_idx, cu_seqlens,
-                delta_softplus);
+    Tensor dy, OptTensor dfinal_state, Tensor u, Tensor delta, Tensor A, Tensor B, Tensor C, OptTensor D,
+    OptTensor z, OptTensor delta_bias, OptTensor initial_state, OptTensor seq_idx, OptTensor cu_seqlens,
+    Tensor checkpoints, bool delta_softplus) {
+  ScanCall call("selective_scan backward", u, delta, A, B, C, D, z, delta_bias, initial_state, seq_idx,
+                cu_seqlens, delta_softplus);
   const ScanDims& dims = call.params.dims;
   call.check.all("dy", dy, "(b, d, l)", {dims.b, dims.d, dims.l}, {call.type});
   if (dfinal_state)
-    call.check.all("dfinal_state", *dfinal_state, "(b, d, n)", {call.states, dims.d, dims.n}, {call.state_type});
+    call.check.all("dfinal_state", *dfinal_state, "(b, d, n)", {call.states, dims.d, dims.n},
+                   {call.state_type});
   if (initial_state) initial_state = torch::stable::contiguous(*initial_state);
   if (dfinal_state) dfinal_state = torch::stable::contiguous(*dfinal_state);
   const auto like = [&](const OptTensor& t) { return t ? torch::stable::empty_like(*t) : none(u); };
-  Tensor du = torch::stable::empty_like(u), ddelta = torch::stable::empty_like(delta), dA = torch::stable::empty_like(A);
-  Tensor dB = torch::stable::empty_like(B), dC = torch::stable::empty_like(C), dD = like(D), dz = like(z), dbias = like(delta_bias);
+  Tensor du = torch::stable::empty_like(u), ddelta = torch::stable::empty_like(delta),
+         dA = torch::stable::empty_like(A);
+  Tensor dB = torch::stable::empty_like(B), dC = torch::stable::empty_like(C), dD = like(D), dz = like(z),
+         dbias = like(delta_bias);
   Tensor dinitial = like(initial_state);
 
   ScanBwd params{};
   params.fwd = call.params;
   params.fwd.states_in = initial_state ? initial_state->data_ptr() : nullptr;
-  if (dims.l / kScanCheckpoint > 0 && checkpoints.numel() == 0) {  // the forward was not told that there would be a backward
+  if (dims.l / kScanCheckpoint > 0 &&
+      checkpoints.numel() == 0) {  // the forward was not told that there would be a backward
     checkpoints = checkpoint_rows(call, u);
     ScanFwd again = params.fwd;
     again.checkpoints = checkpoints.data_ptr();
@@ -217,11 +242,13 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tenso
   by_arithmetic(call.type, [&]<class R>() {
     const Kernels<R>& k = cpu().kernels<R>();
     const int64_t groups = params.fwd.pieces.groups, kinds = 1 + dims.constant_B + dims.constant_C;
-    const Tensor partial_A = empty({groups, kinds * dims.parts() * dims.n, padded(dims.d)}, call.arithmetic, u);
+    const Tensor partial_A =
+        empty({groups, kinds * dims.parts() * dims.n, padded(dims.d)}, call.arithmetic, u);
     const Tensor partial_d = empty({groups, 2, padded(dims.d)}, call.arithmetic, u);
     const bool per_step = !dims.constant_B || !dims.constant_C;
-    const Tensor partial_BC = empty({per_step ? dims.channel_blocks() : 0, dims.b, dims.l,
-                                     2 * dims.parts() * padded(dims.n)}, call.arithmetic, u);
+    const Tensor partial_BC =
+        empty({per_step ? dims.channel_blocks() : 0, dims.b, dims.l, 2 * dims.parts() * padded(dims.n)},
+              call.arithmetic, u);
     params.partial_A = partial_A.data_ptr();
     params.partial_d = partial_d.data_ptr();
     params.partial_BC = partial_BC.data_ptr();

@@ -17,15 +17,15 @@ struct SsdCall {
   SsdFwd params{};
   std::optional<Segments> segments;
 
-  SsdCall(const char* op, const Tensor& x, const Tensor& dt, const Tensor& A, const Tensor& B, const Tensor& C,
-          const OptTensor& D, const OptTensor& z, const OptTensor& dt_bias, const OptTensor& initial_state,
-          const OptTensor& seq_idx, const OptTensor& cu_seqlens, bool softplus, double dt_min, double dt_max,
-          std::optional<int64_t> chunk_size)
+  SsdCall(const char* op, const Tensor& x, const Tensor& dt, const Tensor& A, const Tensor& B,
+          const Tensor& C, const OptTensor& D, const OptTensor& z, const OptTensor& dt_bias,
+          const OptTensor& initial_state, const OptTensor& seq_idx, const OptTensor& cu_seqlens,
+          bool softplus, double dt_min, double dt_max, std::optional<int64_t> chunk_size)
       : check(op, x), type(check.float_type("x", x)), arithmetic(arithmetic_type(type)) {
     check.shape("x", x, "(b, l, h, p)", {-1, -1, -1, -1});
     const int64_t b = x.size(0), l = x.size(1), h = x.size(2), p = x.size(3);
-    check.that(p >= 1 && p <= kSsdMaxWidth,
-               "x must be (b, l, h, p) with p in 1.." + std::to_string(kSsdMaxWidth) + ", got " + shape_of(x));
+    check.that(p >= 1 && p <= kSsdMaxWidth, "x must be (b, l, h, p) with p in 1.." +
+                                                std::to_string(kSsdMaxWidth) + ", got " + shape_of(x));
     check.all("dt", dt, "(b, l, h)", {b, l, h}, {type, ScalarType::Float});
     check.all("A", A, "(h)", {h}, {ScalarType::Float, type});
     check.that(B.dim() == 4, "B must be (b, l, g, n), got " + shape_of(B));
@@ -33,11 +33,11 @@ struct SsdCall {
     for (const auto& [name, factor] : {std::pair("B", &B), std::pair("C", &C)}) {
       check.all(name, *factor, "(b, l, g, n)", {b, l, -1, n}, {type, ScalarType::Float});
       const int64_t g = factor->size(2);
-      check.that(g >= 1 && h % g == 0, std::string(name) + " must be (b, l, g, n) with g dividing h = " + std::to_string(h) +
-                                           ", got " + shape_of(*factor));
+      check.that(g >= 1 && h % g == 0, std::string(name) + " must be (b, l, g, n) with g dividing h = " +
+                                           std::to_string(h) + ", got " + shape_of(*factor));
     }
-    check.that(n >= 1 && n <= kSsdMaxWidth,
-               "B must be (b, l, g, n) with n in 1.." + std::to_string(kSsdMaxWidth) + ", got " + shape_of(B));
+    check.that(n >= 1 && n <= kSsdMaxWidth, "B must be (b, l, g, n) with n in 1.." +
+                                                std::to_string(kSsdMaxWidth) + ", got " + shape_of(B));
     if (D) {
       check.device("D", *D);
       check.dtype("D", *D, {ScalarType::Float, type});
@@ -48,17 +48,28 @@ struct SsdCall {
     }
     if (z) check.all("z", *z, "(b, l, h, p)", {b, l, h, p}, {type, ScalarType::Float});
     if (dt_bias) check.all("dt_bias", *dt_bias, "(h)", {h}, {ScalarType::Float, type});
-    check.that(dt_min <= dt_max, "dt_limit must be (low, high) with low <= high, got (" + std::to_string(dt_min) + ", " +
-                                     std::to_string(dt_max) + ")");
+    check.that(dt_min <= dt_max, "dt_limit must be (low, high) with low <= high, got (" +
+                                     std::to_string(dt_min) + ", " + std::to_string(dt_max) + ")");
     check.that(!chunk_size || (*chunk_size >= 1 && *chunk_size <= kSsdMaxChunk),
                "chunk_size must be None or in 1.." + std::to_string(kSsdMaxChunk) + ", got " +
                    std::to_string(chunk_size.value_or(0)));
     states = check_sequences(check, b, l, seq_idx, cu_seqlens);
     if (initial_state)
-      check.all("initial_state", *initial_state, cu_seqlens ? "(s, h, p, n)" : "(b, h, p, n)", {states, h, p, n}, {arithmetic});
-    params.dims = {.b = b, .l = l, .h = h, .p = p, .n = n, .groups_B = B.size(2), .groups_C = C.size(2),
-                   .q = chunk_size.value_or(kSsdChunk), .heads = 1, .softplus = softplus,
-                   .D_per_channel = D && D->dim() == 2, .dt_min = dt_min, .dt_max = dt_max};
+      check.all("initial_state", *initial_state, cu_seqlens ? "(s, h, p, n)" : "(b, h, p, n)",
+                {states, h, p, n}, {arithmetic});
+    params.dims = {.b = b,
+                   .l = l,
+                   .h = h,
+                   .p = p,
+                   .n = n,
+                   .groups_B = B.size(2),
+                   .groups_C = C.size(2),
+                   .q = chunk_size.value_or(kSsdChunk),
+                   .heads = 1,
+                   .softplus = softplus,
+                   .D_per_channel = D && D->dim() == 2,
+                   .dt_min = dt_min,
+                   .dt_max = dt_max};
     params.x = view(x);
     params.dt = view(dt);
     params.z = view(z);
@@ -81,7 +92,8 @@ struct SsdCall {
 template <class R>
 const SsdKernels& kernels_for(const SsdFwd& params) {
   const Kernels<R>& k = cpu().kernels<R>();
-  const bool bf16 = params.x.dtype == DType::bf16 && params.B.dtype == DType::bf16 && params.C.dtype == DType::bf16;
+  const bool bf16 =
+      params.x.dtype == DType::bf16 && params.B.dtype == DType::bf16 && params.C.dtype == DType::bf16;
   return bf16 ? k.ssd_bf16 : k.ssd;
 }
 
@@ -102,8 +114,8 @@ void run(const SsdBwd& params) {
 template <class R>
 void combine(const SsdFwd& params, const Tensor& states, const Tensor& ends, bool reverse) {
   for_units(params.dims.h, 0, [&](int64_t begin, int64_t end, void*) {
-    cpu().kernels<R>().ssd_combine(params, static_cast<R*>(states.data_ptr()), static_cast<const R*>(ends.data_ptr()), reverse,
-                                   begin, end);
+    cpu().kernels<R>().ssd_combine(params, static_cast<R*>(states.data_ptr()),
+                                   static_cast<const R*>(ends.data_ptr()), reverse, begin, end);
   });
 }
 
@@ -111,7 +123,8 @@ void combine(const SsdFwd& params, const Tensor& states, const Tensor& ends, boo
 template <class R>
 PieceList join_states(const SsdCall& call, SsdFwd& params, const Tensor& entering, const Tensor& x) {
   const Segments& segments = *call.segments;
-  const Tensor ends = call.rows_of_states(x), logs = empty({segments.count(), params.dims.h}, call.arithmetic, x);
+  const Tensor ends = call.rows_of_states(x),
+               logs = empty({segments.count(), params.dims.h}, call.arithmetic, x);
   const PieceList alone = segments.alone(false);
   SsdFwd first = params;
   first.y = first.z = {};
@@ -120,7 +133,8 @@ PieceList join_states(const SsdCall& call, SsdFwd& params, const Tensor& enterin
   first.log_decays = logs.data_ptr();
   first.pieces = alone.view();
   run<R>(first);
-  PieceList joined = segments.joined(static_cast<R*>(entering.data_ptr()), entering.numel() / segments.count(), params.states_in, false);
+  PieceList joined = segments.joined(static_cast<R*>(entering.data_ptr()),
+                                     entering.numel() / segments.count(), params.states_in, false);
   combine<R>(first, entering, ends, false);
   params.states_in = entering.data_ptr();
   params.pieces = joined.view();
@@ -140,7 +154,8 @@ template <class R>
 void backward(const SsdCall& call, SsdBwd params, const Tensor& x) {
   const Segments& segments = *call.segments;
   if (!segments.split()) return run<R>(params);
-  const Tensor entering = call.rows_of_states(x), leaving = call.rows_of_states(x), ends = call.rows_of_states(x);
+  const Tensor entering = call.rows_of_states(x), leaving = call.rows_of_states(x),
+               ends = call.rows_of_states(x);
   const Tensor logs = empty({segments.count(), params.fwd.dims.h}, call.arithmetic, x);
   PieceList joined = join_states<R>(call, params.fwd, entering, x);
 
@@ -152,10 +167,11 @@ void backward(const SsdCall& call, SsdBwd params, const Tensor& x) {
   first.fwd.log_decays = logs.data_ptr();
   first.fwd.pieces = alone.view();
   run<R>(first);
-  const PieceList reversed = segments.joined(static_cast<R*>(leaving.data_ptr()), leaving.numel() / segments.count(), params.dstates_out, true);
+  const PieceList reversed = segments.joined(static_cast<R*>(leaving.data_ptr()),
+                                             leaving.numel() / segments.count(), params.dstates_out, true);
   combine<R>(first.fwd, leaving, ends, true);
-  // A piece enters with its row of `entering`; its gradient comes from its row of `leaving`; the run's first piece returns the
-  // gradient of the run's initial state.
+  // A piece enters with its row of `entering`; its gradient comes from its row of `leaving`; the run's first
+  // piece returns the gradient of the run's initial state.
   for (int64_t k = 0; k < segments.count(); ++k) joined.pieces[k].state_out = reversed.pieces[k].state_out;
   params.dstates_out = leaving.data_ptr();
   const Tensor returned = call.rows_of_states(x);
@@ -167,17 +183,20 @@ void backward(const SsdCall& call, SsdBwd params, const Tensor& x) {
   const int64_t size = params.fwd.dims.h * params.fwd.dims.p * params.fwd.dims.n;
   for (int64_t k = 0; k < segments.count(); ++k) {
     const int64_t row = segments.list().pieces[k].state_in;
-    if (row >= 0) std::copy_n(static_cast<const R*>(returned.data_ptr()) + k * size, size, static_cast<R*>(wanted) + row * size);
+    if (row >= 0)
+      std::copy_n(static_cast<const R*>(returned.data_ptr()) + k * size, size,
+                  static_cast<R*>(wanted) + row * size);
   }
 }
 
 }  // namespace
 
-std::tuple<Tensor, Tensor> ssd_fwd(Tensor x, Tensor dt, Tensor A, Tensor B, Tensor C, OptTensor D, OptTensor z,
-                                   OptTensor dt_bias, OptTensor initial_state, OptTensor seq_idx, OptTensor cu_seqlens,
-                                   bool dt_softplus, double dt_min, double dt_max, std::optional<int64_t> chunk_size,
-                                   bool return_final_state) {
-  SsdCall call("ssd", x, dt, A, B, C, D, z, dt_bias, initial_state, seq_idx, cu_seqlens, dt_softplus, dt_min, dt_max, chunk_size);
+std::tuple<Tensor, Tensor> ssd_fwd(Tensor x, Tensor dt, Tensor A, Tensor B, Tensor C, OptTensor D,
+                                   OptTensor z, OptTensor dt_bias, OptTensor initial_state, OptTensor seq_idx,
+                                   OptTensor cu_seqlens, bool dt_softplus, double dt_min, double dt_max,
+                                   std::optional<int64_t> chunk_size, bool return_final_state) {
+  SsdCall call("ssd", x, dt, A, B, C, D, z, dt_bias, initial_state, seq_idx, cu_seqlens, dt_softplus, dt_min,
+               dt_max, chunk_size);
   const SsdDims& dims = call.params.dims;
   Tensor y = torch::stable::empty_like(x);
   Tensor final_state = return_final_state ? empty({call.states, dims.h, dims.p, dims.n}, call.arithmetic, x)
@@ -192,21 +211,24 @@ std::tuple<Tensor, Tensor> ssd_fwd(Tensor x, Tensor dt, Tensor A, Tensor B, Tens
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> ssd_bwd(
-    Tensor dy, OptTensor dfinal_state, Tensor x, Tensor dt, Tensor A, Tensor B, Tensor C, OptTensor D, OptTensor z,
-    OptTensor dt_bias, OptTensor initial_state, OptTensor seq_idx, OptTensor cu_seqlens, bool dt_softplus, double dt_min,
-    double dt_max, std::optional<int64_t> chunk_size) {
-  SsdCall call("ssd backward", x, dt, A, B, C, D, z, dt_bias, initial_state, seq_idx, cu_seqlens, dt_softplus, dt_min, dt_max,
-               chunk_size);
+    Tensor dy, OptTensor dfinal_state, Tensor x, Tensor dt, Tensor A, Tensor B, Tensor C, OptTensor D,
+    OptTensor z, OptTensor dt_bias, OptTensor initial_state, OptTensor seq_idx, OptTensor cu_seqlens,
+    bool dt_softplus, double dt_min, double dt_max, std::optional<int64_t> chunk_size) {
+  SsdCall call("ssd backward", x, dt, A, B, C, D, z, dt_bias, initial_state, seq_idx, cu_seqlens, dt_softplus,
+               dt_min, dt_max, chunk_size);
   const SsdDims& dims = call.params.dims;
   call.check.all("dy", dy, "(b, l, h, p)", {dims.b, dims.l, dims.h, dims.p}, {call.type});
   if (dfinal_state) {
-    call.check.all("dfinal_state", *dfinal_state, "(b, h, p, n)", {call.states, dims.h, dims.p, dims.n}, {call.arithmetic});
+    call.check.all("dfinal_state", *dfinal_state, "(b, h, p, n)", {call.states, dims.h, dims.p, dims.n},
+                   {call.arithmetic});
     dfinal_state = torch::stable::contiguous(*dfinal_state);
   }
   if (initial_state) initial_state = torch::stable::contiguous(*initial_state);
   const auto like = [&](const OptTensor& t) { return t ? torch::stable::empty_like(*t) : none(x); };
-  Tensor dx = torch::stable::empty_like(x), ddt = torch::stable::empty_like(dt), dA = torch::stable::empty_like(A);
-  Tensor dB = torch::stable::empty_like(B), dC = torch::stable::empty_like(C), dD = like(D), dz = like(z), dbias = like(dt_bias);
+  Tensor dx = torch::stable::empty_like(x), ddt = torch::stable::empty_like(dt),
+         dA = torch::stable::empty_like(A);
+  Tensor dB = torch::stable::empty_like(B), dC = torch::stable::empty_like(C), dD = like(D), dz = like(z),
+         dbias = like(dt_bias);
   Tensor dinitial = like(initial_state);
 
   SsdBwd params{};
@@ -223,14 +245,17 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tenso
   params.dD = D ? view(dD) : View{};
   params.dstates_out = dfinal_state ? dfinal_state->data_ptr() : nullptr;
   params.dstates_in = initial_state ? dinitial.data_ptr() : nullptr;
-  const Tensor partial_BC = empty({dims.head_blocks(), dims.b, dims.l, 2 * padded(dims.n)}, call.arithmetic, x);
-  const Tensor partial_h = empty({params.fwd.pieces.groups, dims.h, padded(2) + padded(dims.p)}, call.arithmetic, x);
+  const Tensor partial_BC =
+      empty({dims.head_blocks(), dims.b, dims.l, 2 * padded(dims.n)}, call.arithmetic, x);
+  const Tensor partial_h =
+      empty({params.fwd.pieces.groups, dims.h, padded(2) + padded(dims.p)}, call.arithmetic, x);
   params.partial_BC = partial_BC.data_ptr();
   params.partial_h = partial_h.data_ptr();
   by_arithmetic(call.type, [&]<class R>() {
     const Kernels<R>& k = cpu().kernels<R>();
     backward<R>(call, params, x);
-    for_units(dims.reduce_units(), 0, [&](int64_t begin, int64_t end, void*) { k.ssd_reduce(params, begin, end); });
+    for_units(dims.reduce_units(), 0,
+              [&](int64_t begin, int64_t end, void*) { k.ssd_reduce(params, begin, end); });
   });
   return {dx, ddt, dA, dB, dC, dD, dz, dbias, dinitial};
 }

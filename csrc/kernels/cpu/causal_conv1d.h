@@ -1,11 +1,13 @@
 // Causal depthwise convolution, forward and backward.
 //
 //   x~ = [init, x];  c_t = bias + sum_k W_k x~_{t+k};  y_t = silu(c_t) or c_t;  final = last w - 1 of x~
-//   gc = gy silu'(c);  gx~_s = sum_k W_k gc_{s-k} (+ gfinal);  gW_k = sum_t gc_t x~_{t+k};  gbias = sum_t gc_t
+//   gc = gy silu'(c);  gx~_s = sum_k W_k gc_{s-k} (+ gfinal);  gW_k = sum_t gc_t x~_{t+k};  gbias = sum_t
+//   gc_t
 //
-// A unit of work owns one group of pieces and kConvChannels channels. It walks the tokens in tiles of kConvTokens rows,
-// in scratch: x with its w - 1 left neighbours | dy, gc with w - 1 right neighbours | result. c is computed again in
-// the backward, not saved. Every sum over tokens is taken tile by tile by one unit: bitwise the same for any number of threads.
+// A unit of work owns one group of pieces and kConvChannels channels. It walks the tokens in tiles of
+// kConvTokens rows, in scratch: x with its w - 1 left neighbours | dy, gc with w - 1 right neighbours |
+// result. c is computed again in the backward, not saved. Every sum over tokens is taken tile by tile by one
+// unit: bitwise the same for any number of threads.
 #pragma once
 #include "kernels/causal_conv1d.h"
 #include "kernels/cpu/tile.h"
@@ -42,21 +44,23 @@ struct ConvUnit {
 
 // Rows [begin, end) of x~ in tokens of the row (so begin may reach w - 1 before the run), into dst.
 template <class R>
-void load_conv_input(R* dst, const ConvFwd& p, const Piece& piece, const ConvUnit<R>& unit, int64_t begin, int64_t end) {
+void load_conv_input(R* dst, const ConvFwd& p, const Piece& piece, const ConvUnit<R>& unit, int64_t begin,
+                     int64_t end) {
   const int64_t before = piece.run_begin > begin ? piece.run_begin - begin : 0;
   if (before > 0) {
     if (p.initial_state && piece.state_in >= 0) {
       const View& s = p.initial_state;
       const int64_t skip = p.dims.w - 1 - before;
-      load_tile(dst, kConvChannels, s, piece.state_in * s.stride[0] + unit.c0 * s.stride[1] + skip * s.stride[2], before,
+      load_tile(dst, kConvChannels, s,
+                piece.state_in * s.stride[0] + unit.c0 * s.stride[1] + skip * s.stride[2], before,
                 s.stride[2], unit.channels, s.stride[1]);
     } else {
       for (int64_t i = 0; i < before * kConvChannels; ++i) dst[i] = 0;
     }
   }
   load_tile(dst + before * kConvChannels, kConvChannels, p.x,
-            piece.row * p.x.stride[0] + unit.c0 * p.x.stride[1] + (begin + before) * p.x.stride[2], end - begin - before,
-            p.x.stride[2], unit.channels, p.x.stride[1]);
+            piece.row * p.x.stride[0] + unit.c0 * p.x.stride[1] + (begin + before) * p.x.stride[2],
+            end - begin - before, p.x.stride[2], unit.channels, p.x.stride[1]);
 }
 
 // The taps of one vector of channels, and the window of inputs that slides over them.
@@ -64,7 +68,8 @@ template <class R, int kTaps>
 struct Window {
   Vec<R> tap[kTaps], bias, in[kTaps];
 
-  MAMBA_INLINE Window(const ConvUnit<R>& unit, const R* x, int64_t v) : bias(load<R>(unit.taps + kTaps * kConvChannels + v)) {
+  MAMBA_INLINE Window(const ConvUnit<R>& unit, const R* x, int64_t v)
+      : bias(load<R>(unit.taps + kTaps * kConvChannels + v)) {
     for (int k = 0; k < kTaps; ++k) {
       tap[k] = load<R>(unit.taps + k * kConvChannels + v);
       in[k] = k ? load<R>(x + (k - 1) * kConvChannels + v) : Vec<R>{};
@@ -84,7 +89,8 @@ MAMBA_INLINE void with_taps(int w, F f) {
 
 // y of `tokens` tokens; x begins w - 1 before the first.
 template <class R>
-MAMBA_INLINE void conv_outputs(R* y, const ConvDims& dims, const ConvUnit<R>& unit, const R* x, int64_t tokens) {
+MAMBA_INLINE void conv_outputs(R* y, const ConvDims& dims, const ConvUnit<R>& unit, const R* x,
+                               int64_t tokens) {
   with_taps(dims.w, [&]<int kTaps>() {
     for (int64_t v = 0; v < unit.channels; v += kWidth<R>) {
       Window<R, kTaps> window(unit, x, v);
@@ -109,14 +115,14 @@ void causal_conv1d_fwd(const ConvFwd& p, int64_t unit_begin, int64_t unit_end, v
         const int64_t t1 = t0 + kConvTokens < piece.end ? t0 + kConvTokens : piece.end;
         load_conv_input(x, p, piece, unit, t0 - (w - 1), t1);
         conv_outputs(y, p.dims, unit, x, t1 - t0);
-        store_tile(p.y, piece.row * p.y.stride[0] + unit.c0 * p.y.stride[1] + t0 * p.y.stride[2], t1 - t0, p.y.stride[2],
-                   unit.channels, p.y.stride[1], y, kConvChannels);
+        store_tile(p.y, piece.row * p.y.stride[0] + unit.c0 * p.y.stride[1] + t0 * p.y.stride[2], t1 - t0,
+                   p.y.stride[2], unit.channels, p.y.stride[1], y, kConvChannels);
       }
       if (p.final_state && piece.state_out >= 0 && piece.end == piece.run_end) {
         load_conv_input(x, p, piece, unit, piece.end - (w - 1), piece.end);
         const View& s = p.final_state;
-        store_tile(s, piece.state_out * s.stride[0] + unit.c0 * s.stride[1], w - 1, s.stride[2], unit.channels, s.stride[1],
-                   x, kConvChannels);
+        store_tile(s, piece.state_out * s.stride[0] + unit.c0 * s.stride[1], w - 1, s.stride[2],
+                   unit.channels, s.stride[1], x, kConvChannels);
       }
     }
   }
@@ -150,8 +156,8 @@ void causal_conv1d_bwd(const ConvBwd& p, int64_t unit_begin, int64_t unit_end, v
         const int64_t tokens = hi > lo ? hi - lo : 0;
         if (tokens > 0) {
           load_conv_input(x, p.fwd, piece, unit, lo - halo, hi);
-          load_tile(dy, ld, p.dy, piece.row * p.dy.stride[0] + unit.c0 * p.dy.stride[1] + lo * p.dy.stride[2], tokens,
-                    p.dy.stride[2], unit.channels, p.dy.stride[1]);
+          load_tile(dy, ld, p.dy, piece.row * p.dy.stride[0] + unit.c0 * p.dy.stride[1] + lo * p.dy.stride[2],
+                    tokens, p.dy.stride[2], unit.channels, p.dy.stride[1]);
         }
         const int64_t mine = (t1 < hi ? t1 : hi) - lo;  // the tokens after them count in the next tile
         with_taps(dims.w, [&]<int kTaps>() {
@@ -193,7 +199,8 @@ void causal_conv1d_bwd(const ConvBwd& p, int64_t unit_begin, int64_t unit_end, v
                          (t0 + halo - piece.run_begin) * ginit.stride[2],
                      split, ginit.stride[2], unit.channels, ginit.stride[1], out, ld);
         if (t1 - t0 > split)
-          store_tile(p.dx, piece.row * p.dx.stride[0] + unit.c0 * p.dx.stride[1] + (t0 + split) * p.dx.stride[2],
+          store_tile(p.dx,
+                     piece.row * p.dx.stride[0] + unit.c0 * p.dx.stride[1] + (t0 + split) * p.dx.stride[2],
                      t1 - t0 - split, p.dx.stride[2], unit.channels, p.dx.stride[1], out + split * ld, ld);
       }
     }
@@ -209,8 +216,10 @@ template <class R>
 void causal_conv1d_reduce(const ConvBwd& p) {
   const int64_t d = p.fwd.dims.d, w = p.fwd.dims.w, ld = padded(d), groups = p.fwd.pieces.groups;
   const R* partial = static_cast<const R*>(p.partial);
-  sum_partials(p.dweight, 0, w, p.dweight.stride[1], d, p.dweight.stride[0], partial, ld, groups, (w + 1) * ld);
-  if (p.dbias) sum_partials(p.dbias, 0, 1, 0, d, p.dbias.stride[0], partial + w * ld, ld, groups, (w + 1) * ld);
+  sum_partials(p.dweight, 0, w, p.dweight.stride[1], d, p.dweight.stride[0], partial, ld, groups,
+               (w + 1) * ld);
+  if (p.dbias)
+    sum_partials(p.dbias, 0, 1, 0, d, p.dbias.stride[0], partial + w * ld, ld, groups, (w + 1) * ld);
 }
 
 }  // namespace mamba_ops::MAMBA_ISA

@@ -1,12 +1,14 @@
-// Small dense products from registers: out(i, v) = sum over k of left(i, k) right(k, v), for matrices that sit in the caches.
-// T is the type of the factors: that of the arithmetic, or bf16 in pairs where the processor multiplies those faster.
+// Small dense products from registers: out(i, v) = sum over k of left(i, k) right(k, v), for matrices that
+// sit in the caches. T is the type of the factors: that of the arithmetic, or bf16 in pairs where the
+// processor multiplies those faster.
 #pragma once
 #include "kernels/cpu/tile.h"
 
 namespace mamba_ops::MAMBA_ISA {
 
-// ---- operands, and how to make them of a matrix (rows, ld) of the arithmetic type --------------------------
-// left(i, k) is read one value at a time, so either side may be the contiguous one.
+// ---- operands, and how to make them of a matrix (rows, ld) of the arithmetic type
+// -------------------------- left(i, k) is read one value at a time, so either side may be the contiguous
+// one.
 template <class R, class T>
 struct Left {
   const R* p;
@@ -54,7 +56,9 @@ struct Right<float, bf16> {
   const bf16* p;
   int64_t ld;
 
-  MAMBA_INLINE __m512bh at(int64_t k, int64_t v) const { return (__m512bh)_mm512_loadu_si512(p + k * ld + 2 * v); }
+  MAMBA_INLINE __m512bh at(int64_t k, int64_t v) const {
+    return (__m512bh)_mm512_loadu_si512(p + k * ld + 2 * v);
+  }
   MAMBA_INLINE static Vec<float> add(Vec<float> sum, __m512bh left, __m512bh right) {
     return (Vec<float>)_mm512_dpbf16_ps((__m512)sum, left, right);
   }
@@ -73,7 +77,8 @@ MAMBA_INLINE Left<R, T> left_of(R* buffer, const R* src, int64_t ld, int64_t row
   } else {
     bf16* to = reinterpret_cast<bf16*>(buffer);
     for (int64_t i = 0; i < rows; ++i) {
-      for (int64_t k = 0; k < terms; k += kWidth<R>) store_as<R>(to + i * padded(terms) + k, load<R>(src + i * ld + k));
+      for (int64_t k = 0; k < terms; k += kWidth<R>)
+        store_as<R>(to + i * padded(terms) + k, load<R>(src + i * ld + k));
       if (terms % 2) to[i * padded(terms) + terms] = {0};
     }
     return {to, padded(terms)};
@@ -81,7 +86,8 @@ MAMBA_INLINE Left<R, T> left_of(R* buffer, const R* src, int64_t ld, int64_t row
 }
 // left(i, k) = src[k * ld + i]. `turned` holds (padded rows, padded terms).
 template <class R, class T>
-MAMBA_INLINE Left<R, T> left_of_transposed(R* buffer, R* turned, const R* src, int64_t ld, int64_t rows, int64_t terms) {
+MAMBA_INLINE Left<R, T> left_of_transposed(R* buffer, R* turned, const R* src, int64_t ld, int64_t rows,
+                                           int64_t terms) {
   if constexpr (__is_same(R, T)) {
     return {src, 1, ld};
   } else {
@@ -108,7 +114,8 @@ MAMBA_INLINE Right<R, T> right_of(R* buffer, const R* src, int64_t ld, int64_t t
   }
 }
 
-// ---- the product -------------------------------------------------------------------------------------------
+// ---- the product
+// -------------------------------------------------------------------------------------------
 #if defined(__AVX512F__)
 inline constexpr int kGemmRows = 8;  // 8 x 2 accumulators of 32 registers
 #else
@@ -117,8 +124,8 @@ inline constexpr int kGemmRows = 4;  // 4 x 2 of 16
 
 // Rows i0 .. i0 + kRows, columns v .. v + kVecs * kWidth, k in [k0, k1).
 template <int kRows, int kVecs, class R, class T, class Init, class Out>
-MAMBA_INLINE void gemm_block(Left<R, T> left, Right<R, T> right, int64_t i0, int64_t v, int64_t k0, int64_t k1, Init init,
-                             Out out) {
+MAMBA_INLINE void gemm_block(Left<R, T> left, Right<R, T> right, int64_t i0, int64_t v, int64_t k0,
+                             int64_t k1, Init init, Out out) {
   using Factor = decltype(right.at(0, 0));
   Vec<R> acc[kRows][kVecs];
 #pragma GCC unroll 8
@@ -141,8 +148,8 @@ MAMBA_INLINE void gemm_block(Left<R, T> left, Right<R, T> right, int64_t i0, int
 }
 
 template <int kRows, int kVecs, class R, class T, class TermsOf, class Init, class Out>
-MAMBA_INLINE void gemm_rows(Left<R, T> left, Right<R, T> right, int64_t i, int64_t rows, int64_t v, TermsOf terms, Init init,
-                            Out out) {
+MAMBA_INLINE void gemm_rows(Left<R, T> left, Right<R, T> right, int64_t i, int64_t rows, int64_t v,
+                            TermsOf terms, Init init, Out out) {
   for (; i + kRows <= rows; i += kRows) {
     const auto [k0, k1] = terms(i, i + kRows);
     gemm_block<kRows, kVecs>(left, right, i, v, k0, k1, init, out);
@@ -154,11 +161,12 @@ struct Terms {  // k in [begin, end)
   int64_t begin, end;
 };
 
-// For i < rows and vectors v < cols (a multiple of the vector width): out(i, v, sum), the sum taken in order over
-// k in terms(i0, i1) for the block [i0, i1) of rows that i falls into, on top of init(i, v). An odd number of terms may be
-// rounded up by a zero. kLower leaves out blocks that lie wholly above the diagonal.
+// For i < rows and vectors v < cols (a multiple of the vector width): out(i, v, sum), the sum taken in order
+// over k in terms(i0, i1) for the block [i0, i1) of rows that i falls into, on top of init(i, v). An odd
+// number of terms may be rounded up by a zero. kLower leaves out blocks that lie wholly above the diagonal.
 template <bool kLower, class R, class T, class TermsOf, class Init, class Out>
-MAMBA_INLINE void gemm(Left<R, T> left, Right<R, T> right, int64_t rows, int64_t cols, TermsOf terms, Init init, Out out) {
+MAMBA_INLINE void gemm(Left<R, T> left, Right<R, T> right, int64_t rows, int64_t cols, TermsOf terms,
+                       Init init, Out out) {
   const auto first = [](int64_t v) { return kLower ? v / kGemmRows * kGemmRows : 0; };
   int64_t v = 0;
   for (; v + 2 * kWidth<R> <= cols; v += 2 * kWidth<R>)

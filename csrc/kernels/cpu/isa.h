@@ -19,7 +19,8 @@ struct SsdKernels {
   void (*bwd)(const SsdBwd&, int64_t begin, int64_t end, void* scratch);
 };
 
-// The kernels for one type of arithmetic. Each works on units [begin, end) and needs `scratch`, private to the call.
+// The kernels for one type of arithmetic. Each works on units [begin, end) and needs `scratch`, private to
+// the call.
 template <class R>
 struct Kernels {
   int64_t (*causal_conv1d_scratch)();
@@ -31,7 +32,8 @@ struct Kernels {
   int64_t (*selective_scan_bwd_scratch)(const ScanDims&);
   void (*selective_scan_fwd)(const ScanFwd&, int64_t begin, int64_t end, void* scratch);
   void (*selective_scan_bwd)(const ScanBwd&, int64_t begin, int64_t end, void* scratch);
-  void (*selective_scan_combine)(const ScanFwd&, R* states, const R* ends, bool reverse, int64_t begin, int64_t end);
+  void (*selective_scan_combine)(const ScanFwd&, R* states, const R* ends, bool reverse, int64_t begin,
+                                 int64_t end);
   void (*selective_scan_reduce)(const ScanBwd&, int64_t begin, int64_t end);
 
   const SsdKernels& ssd;
@@ -67,7 +69,7 @@ struct CpuTable {
 
 // The table in use: the widest that this machine runs, or what MAMBA_OPS_CPU_ISA or set_cpu_isa names.
 const CpuTable& cpu();
-std::vector<std::string> cpu_isas();          // those that this machine runs, narrowest first
-void set_cpu_isa(const std::string& name);    // throws std::invalid_argument for one that it does not run
+std::vector<std::string> cpu_isas();        // those that this machine runs, narrowest first
+void set_cpu_isa(const std::string& name);  // throws std::invalid_argument for one that it does not run
 
 }  // namespace mamba_ops

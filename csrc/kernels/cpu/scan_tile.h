@@ -1,8 +1,10 @@
-// What the forward and the backward of the selective scan share: a unit of work, its tiles, and the recurrence itself.
+// What the forward and the backward of the selective scan share: a unit of work, its tiles, and the
+// recurrence itself.
 //
-// A unit owns one group of pieces and up to kScanChannels channels that share B and C. Lanes are channels. Tokens go by in
-// tiles; for each vector of channels and each block of kBlock states, the states stay in registers over a whole tile.
-// Planes: state i, part (re, im) of a buffer over states is at plane(part, i) = part * padded(n) + i.
+// A unit owns one group of pieces and up to kScanChannels channels that share B and C. Lanes are channels.
+// Tokens go by in tiles; for each vector of channels and each block of kBlock states, the states stay in
+// registers over a whole tile. Planes: state i, part (re, im) of a buffer over states is at plane(part, i) =
+// part * padded(n) + i.
 #pragma once
 #include "kernels/cpu/arena.h"
 #include "kernels/cpu/scan_state.h"
@@ -11,21 +13,22 @@
 
 namespace mamba_ops::MAMBA_ISA {
 
-inline constexpr int64_t kScanLd = kScanChannels + kPad;  // an odd number of cache lines: rows fall into all cache sets
+inline constexpr int64_t kScanLd =
+    kScanChannels + kPad;  // an odd number of cache lines: rows fall into all cache sets
 template <bool kComplex>
 inline constexpr int kBlock = kComplex ? 2 : 4;
 
 template <class R>
 struct ScanUnit {
-  int64_t pieces;           // group of pieces
-  int64_t block;            // of channels
+  int64_t pieces;  // group of pieces
+  int64_t block;   // of channels
   int64_t group_B, group_C;
   int64_t c0, channels, width;
-  int64_t planes;           // parts * padded(n)
-  R *A, *state;             // (planes, kScanLd): A with its real part times log2(e); the state of the tile's first token
-  R *B, *C;                 // (tokens, planes), or (planes, kScanLd) where constant
-  R *bias, *D;              // (kScanLd)
-  R *delta, *delta_u, *y;   // (tokens, kScanLd)
+  int64_t planes;  // parts * padded(n)
+  R *A, *state;  // (planes, kScanLd): A with its real part times log2(e); the state of the tile's first token
+  R *B, *C;      // (tokens, planes), or (planes, kScanLd) where constant
+  R *bias, *D;   // (kScanLd)
+  R *delta, *delta_u, *y;  // (tokens, kScanLd)
 
   ScanUnit(const ScanDims& dims, int64_t tokens, Arena<R>& arena) : planes(dims.parts() * padded(dims.n)) {
     A = arena.take(planes * kScanLd);
@@ -66,8 +69,8 @@ struct ScanUnit {
   void load_parameter(R* dst, const ScanDims& dims, const View& v) const {
     clear(dst);
     for (int64_t part = 0; part < dims.parts(); ++part)
-      load_tile(dst + part * padded(dims.n) * kScanLd, kScanLd, v, c0 * v.stride[0] + part, dims.n, v.stride[1], channels,
-                v.stride[0]);
+      load_tile(dst + part * padded(dims.n) * kScanLd, kScanLd, v, c0 * v.stride[0] + part, dims.n,
+                v.stride[1], channels, v.stride[0]);
   }
   void load_channels(R* dst, const View& v) const {
     for (int64_t i = 0; i < kScanLd; ++i) dst[i] = 0;
@@ -92,14 +95,16 @@ struct ScanUnit {
       store_tile(state_view(states), ((row * dims.d + c0) * dims.n) * parts + part, dims.n, parts, channels,
                  dims.n * parts, src + part * padded(dims.n) * kScanLd, kScanLd);
   }
-  // The state that enters token t0, a multiple of kScanCheckpoint, of a row: (b, chunks, parts, n, d) <-> planes
+  // The state that enters token t0, a multiple of kScanCheckpoint, of a row: (b, chunks, parts, n, d) <->
+  // planes
   int64_t checkpoint_at(const ScanDims& dims, int64_t row, int64_t t0) const {
-    return (row * (dims.l / kScanCheckpoint) + t0 / kScanCheckpoint - 1) * dims.parts() * dims.n * dims.d + c0;
+    return (row * (dims.l / kScanCheckpoint) + t0 / kScanCheckpoint - 1) * dims.parts() * dims.n * dims.d +
+           c0;
   }
   void store_checkpoint(const ScanFwd& p, int64_t row, int64_t t0) const {
     for (int64_t part = 0; part < p.dims.parts(); ++part)
-      store_tile(state_view(p.checkpoints), checkpoint_at(p.dims, row, t0) + part * p.dims.n * p.dims.d, p.dims.n, p.dims.d,
-                 channels, 1, state + part * padded(p.dims.n) * kScanLd, kScanLd);
+      store_tile(state_view(p.checkpoints), checkpoint_at(p.dims, row, t0) + part * p.dims.n * p.dims.d,
+                 p.dims.n, p.dims.d, channels, 1, state + part * padded(p.dims.n) * kScanLd, kScanLd);
   }
   void load_checkpoint(const ScanFwd& p, int64_t row, int64_t t0) const {
     clear(state);
@@ -110,30 +115,34 @@ struct ScanUnit {
 
   // Tokens [t0, t1) of a (b, d, l) tensor <-> (tokens, kScanLd)
   void load_tokens(R* dst, const View& v, int64_t row, int64_t t0, int64_t t1) const {
-    load_tile(dst, kScanLd, v, row * v.stride[0] + c0 * v.stride[1] + t0 * v.stride[2], t1 - t0, v.stride[2], channels,
-              v.stride[1]);
+    load_tile(dst, kScanLd, v, row * v.stride[0] + c0 * v.stride[1] + t0 * v.stride[2], t1 - t0, v.stride[2],
+              channels, v.stride[1]);
   }
   void store_tokens(const View& v, int64_t row, int64_t t0, int64_t t1, const R* src) const {
-    store_tile(v, row * v.stride[0] + c0 * v.stride[1] + t0 * v.stride[2], t1 - t0, v.stride[2], channels, v.stride[1], src,
-               kScanLd);
+    store_tile(v, row * v.stride[0] + c0 * v.stride[1] + t0 * v.stride[2], t1 - t0, v.stride[2], channels,
+               v.stride[1], src, kScanLd);
   }
-  void prefetch_tokens(const View& v, int64_t row, int64_t t0, int64_t t1, int64_t part, int64_t parts) const {
+  void prefetch_tokens(const View& v, int64_t row, int64_t t0, int64_t t1, int64_t part,
+                       int64_t parts) const {
     if (t1 > t0)
-      prefetch_tile(v, row * v.stride[0] + c0 * v.stride[1] + t0 * v.stride[2], t1 - t0, v.stride[2], channels, v.stride[1],
-                    part, parts);
+      prefetch_tile(v, row * v.stride[0] + c0 * v.stride[1] + t0 * v.stride[2], t1 - t0, v.stride[2],
+                    channels, v.stride[1], part, parts);
   }
   // Tokens [t0, t1) of B or C (b, g, n, l) -> (tokens, planes); states past n become zero.
-  void load_BC(R* dst, const ScanDims& dims, const View& v, int64_t row, int64_t group, int64_t t0, int64_t t1) const {
+  void load_BC(R* dst, const ScanDims& dims, const View& v, int64_t row, int64_t group, int64_t t0,
+               int64_t t1) const {
     for (int64_t part = 0; part < dims.parts(); ++part)
-      load_tile(dst + part * padded(dims.n), planes, v, row * v.stride[0] + group * v.stride[1] + t0 * v.stride[3] + part,
-                t1 - t0, v.stride[3], dims.n, v.stride[2]);
+      load_tile(dst + part * padded(dims.n), planes, v,
+                row * v.stride[0] + group * v.stride[1] + t0 * v.stride[3] + part, t1 - t0, v.stride[3],
+                dims.n, v.stride[2]);
     const int64_t done = (dims.n + kWidth<R> - 1) / kWidth<R> * kWidth<R>;
     for (int64_t part = 0; part < dims.parts(); ++part)
       for (int64_t t = 0; t < t1 - t0; ++t)
         for (int64_t i = done; i < padded(dims.n); ++i) dst[t * planes + part * padded(dims.n) + i] = 0;
   }
 
-  // delta <- the step sizes of tokens [t0, t1), delta_u <- delta u, y <- D u; raw (if given) <- before softplus.
+  // delta <- the step sizes of tokens [t0, t1), delta_u <- delta u, y <- D u; raw (if given) <- before
+  // softplus.
   void load_steps(const ScanFwd& p, int64_t row, int64_t t0, int64_t t1, R* raw = nullptr, R* u = nullptr) {
     load_tokens(delta, p.delta, row, t0, t1);
     load_tokens(u ? u : delta_u, p.u, row, t0, t1);
@@ -171,8 +180,8 @@ struct Factor {
   }
 };
 
-// The recurrence over a tile for kBlock states of one vector of channels. kOutput: y += k Re(C h). kKeep: a_t and h_t of
-// every token go to `kept`, for the backward: [t][a, h][state].
+// The recurrence over a tile for kBlock states of one vector of channels. kOutput: y += k Re(C h). kKeep: a_t
+// and h_t of every token go to `kept`, for the backward: [t][a, h][state].
 template <class R, bool kComplex, bool kConstB, bool kConstC, bool kOutput, bool kKeep>
 MAMBA_INLINE void scan_block(const ScanUnit<R>& unit, int64_t tokens, int64_t state0, int64_t v,
                              State<R, kComplex>* kept = nullptr) {
@@ -210,10 +219,12 @@ MAMBA_INLINE void scan_block(const ScanUnit<R>& unit, int64_t tokens, int64_t st
 template <class F>
 MAMBA_INLINE void with_kinds(const ScanDims& dims, F f) {
   const auto with_C = [&]<bool kComplex, bool kConstB>() {
-    dims.constant_C ? f.template operator()<kComplex, kConstB, true>() : f.template operator()<kComplex, kConstB, false>();
+    dims.constant_C ? f.template operator()<kComplex, kConstB, true>()
+                    : f.template operator()<kComplex, kConstB, false>();
   };
   const auto with_B = [&]<bool kComplex>() {
-    dims.constant_B ? with_C.template operator()<kComplex, true>() : with_C.template operator()<kComplex, false>();
+    dims.constant_B ? with_C.template operator()<kComplex, true>()
+                    : with_C.template operator()<kComplex, false>();
   };
   dims.complex ? with_B.template operator()<true>() : with_B.template operator()<false>();
 }

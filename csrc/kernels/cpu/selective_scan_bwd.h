@@ -6,17 +6,18 @@
 //   ddelta_t = (u_t s_t + sum_i Re(conj(A e_t) lambda_t)) softplus'   dA = sum_t delta_t conj(e_t) lambda_t
 //   go = dy silu(z);  dz = dy o silu'(z);  dD = sum_t go_t u_t;  dbias = sum_t ddelta_t
 //
-// Units, lanes and tiles: scan_tile.h, with tiles of kScanCheckpoint tokens taken right to left. A tile starts from its
-// checkpoint; for every block of states the recurrence runs forward once more, keeping a_t and h_t of the tile, and then
-// backward with lambda in registers. Sums over channels (dB, dC) are taken across lanes tile by tile into one partial
-// per block of channels; sums over tokens (dA, dD, dbias) tile by tile into one partial per group of pieces. A second pass
-// adds the partials in order.
+// Units, lanes and tiles: scan_tile.h, with tiles of kScanCheckpoint tokens taken right to left. A tile
+// starts from its checkpoint; for every block of states the recurrence runs forward once more, keeping a_t
+// and h_t of the tile, and then backward with lambda in registers. Sums over channels (dB, dC) are taken
+// across lanes tile by tile into one partial per block of channels; sums over tokens (dA, dD, dbias) tile by
+// tile into one partial per group of pieces. A second pass adds the partials in order.
 #pragma once
 #include "kernels/cpu/scan_tile.h"
 
 namespace mamba_ops::MAMBA_ISA {
 
-// Lane sums of kCount vectors at once, packed: value i ends in lanes [i, i + 1) * kWidth / kCount, not yet added up there.
+// Lane sums of kCount vectors at once, packed: value i ends in lanes [i, i + 1) * kWidth / kCount, not yet
+// added up there.
 template <int kBlockSize, int kCount, class R>
 MAMBA_INLINE Vec<R> pack_sums(Vec<R>* v) {
   if constexpr (kCount == 1) {
@@ -29,7 +30,8 @@ MAMBA_INLINE Vec<R> pack_sums(Vec<R>* v) {
       high[j] = j & kBlockSize ? j + w : j + kBlockSize;
     }
     for (int i = 0; i < kCount / 2; ++i)
-      v[i] = __builtin_shuffle(v[i], v[i + kCount / 2], low) + __builtin_shuffle(v[i], v[i + kCount / 2], high);
+      v[i] =
+          __builtin_shuffle(v[i], v[i + kCount / 2], low) + __builtin_shuffle(v[i], v[i + kCount / 2], high);
     return pack_sums<kBlockSize / 2, kCount / 2, R>(v);
   }
 }
@@ -149,7 +151,8 @@ struct ScanBackward {
     }
     for (int64_t t = tokens - 1; t >= 0; --t) {
       const Vec<R> g = k * load<R>(go + t * kScanLd + v), dt = load<R>(unit.delta + t * kScanLd + v);
-      for (int i = 0; i < ni; ++i) lam[i] = conj_mul<R>(decay<R>(dt, A[i]), add_conj<R>(lam[i], g, C.at(t, i)));
+      for (int i = 0; i < ni; ++i)
+        lam[i] = conj_mul<R>(decay<R>(dt, A[i]), add_conj<R>(lam[i], g, C.at(t, i)));
     }
     for (int i = 0; i < ni; ++i) store_state<R>(lambda + at0 + i * kScanLd, plane, lam[i]);
   }
@@ -183,9 +186,11 @@ struct ScanBackward {
         S h0[ni];
         for (int j = 0; j < ni; ++j) h0[j] = load_state<S, R>(unit.state + (i + j) * kScanLd + v, plane);
         if (p.fwd.z)
-          scan_block<R, kComplex, kConstB, kConstC, true, true>(unit, tokens, i, v, reinterpret_cast<S*>(kept));
+          scan_block<R, kComplex, kConstB, kConstC, true, true>(unit, tokens, i, v,
+                                                                reinterpret_cast<S*>(kept));
         else
-          scan_block<R, kComplex, kConstB, kConstC, false, true>(unit, tokens, i, v, reinterpret_cast<S*>(kept));
+          scan_block<R, kComplex, kConstB, kConstC, false, true>(unit, tokens, i, v,
+                                                                 reinterpret_cast<S*>(kept));
         reverse_block<kComplex, kConstB, kConstC>(tokens, i, v, h0);
       }
   }
@@ -264,8 +269,8 @@ int64_t selective_scan_bwd_scratch(const ScanDims& dims) {
   return arena.used * sizeof(R);
 }
 
-// Without du (the first phase of the segment form) only lambda is carried, from zero on the right of every piece to
-// dstates_in, the state gradient that leaves it on the left; and delta is summed over every piece.
+// Without du (the first phase of the segment form) only lambda is carried, from zero on the right of every
+// piece to dstates_in, the state gradient that leaves it on the left; and delta is summed over every piece.
 template <class R>
 void selective_scan_bwd(const ScanBwd& p, int64_t unit_begin, int64_t unit_end, void* scratch) {
   const ScanDims& dims = p.fwd.dims;
@@ -319,8 +324,8 @@ void selective_scan_bwd(const ScanBwd& p, int64_t unit_begin, int64_t unit_end, 
   }
 }
 
-// Second pass of the reductions: dA, dD, ddelta_bias and constant dB, dC (unit 0), then dB and dC of kScanReduceTokens
-// tokens each.
+// Second pass of the reductions: dA, dD, ddelta_bias and constant dB, dC (unit 0), then dB and dC of
+// kScanReduceTokens tokens each.
 template <class R>
 void selective_scan_reduce(const ScanBwd& p, int64_t unit_begin, int64_t unit_end) {
   const ScanDims& dims = p.fwd.dims;
@@ -335,12 +340,14 @@ void selective_scan_reduce(const ScanBwd& p, int64_t unit_begin, int64_t unit_en
       for (const View* out : {&p.dA, dims.constant_B ? &p.dB : &absent, dims.constant_C ? &p.dC : &absent}) {
         if (!*out) continue;
         for (int64_t part = 0; part < dims.parts(); ++part)
-          sum_partials(*out, part, dims.n, out->stride[1], dims.d, out->stride[0], from + part * dims.n * ld, ld, groups, stride);
+          sum_partials(*out, part, dims.n, out->stride[1], dims.d, out->stride[0], from + part * dims.n * ld,
+                       ld, groups, stride);
         from += kind;
       }
       const R* sums = static_cast<const R*>(p.partial_d);
       if (p.dD) sum_partials(p.dD, 0, 1, 0, dims.d, p.dD.stride[0], sums, ld, groups, 2 * ld);
-      if (p.ddelta_bias) sum_partials(p.ddelta_bias, 0, 1, 0, dims.d, p.ddelta_bias.stride[0], sums + ld, ld, groups, 2 * ld);
+      if (p.ddelta_bias)
+        sum_partials(p.ddelta_bias, 0, 1, 0, dims.d, p.ddelta_bias.stride[0], sums + ld, ld, groups, 2 * ld);
       continue;
     }
     const int64_t row = (unit - 1) / spans, t0 = (unit - 1) % spans * kScanReduceTokens;
@@ -348,12 +355,14 @@ void selective_scan_reduce(const ScanBwd& p, int64_t unit_begin, int64_t unit_en
     for (int which = 0; which < 2; ++which) {
       if (which == 0 ? dims.constant_B : dims.constant_C) continue;
       const View& out = which == 0 ? p.dB : p.dC;
-      const int64_t out_groups = which == 0 ? dims.groups_B : dims.groups_C, blocks = dims.channel_blocks() / out_groups;
+      const int64_t out_groups = which == 0 ? dims.groups_B : dims.groups_C,
+                    blocks = dims.channel_blocks() / out_groups;
       for (int64_t g = 0; g < out_groups; ++g)
         for (int64_t part = 0; part < dims.parts(); ++part)
-          sum_partials(out, row * out.stride[0] + g * out.stride[1] + t0 * out.stride[3] + part, tokens, out.stride[3], dims.n,
-                       out.stride[2],
-                       static_cast<const R*>(p.partial_BC) + (((g * blocks * dims.b + row) * dims.l + t0) * 2 + which) * planes +
+          sum_partials(out, row * out.stride[0] + g * out.stride[1] + t0 * out.stride[3] + part, tokens,
+                       out.stride[3], dims.n, out.stride[2],
+                       static_cast<const R*>(p.partial_BC) +
+                           (((g * blocks * dims.b + row) * dims.l + t0) * 2 + which) * planes +
                            part * padded(dims.n),
                        2 * planes, blocks, dims.b * dims.l * 2 * planes);
     }

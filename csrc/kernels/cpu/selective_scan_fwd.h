@@ -2,9 +2,10 @@
 //
 //   h_t = exp(delta_t A) h_{t-1} + delta_t u_t B_t;  o_t = k Re(C_t h_t) + D u_t;  y = o silu(z)
 //
-// Units, tiles and lanes: scan_tile.h. A unit walks its pieces in order; the state that enters every token at a multiple
-// of kScanCheckpoint is kept for the backward. Without y (the first phase of the segment form) only the end states and
-// the sums of delta are made: a piece from a zero state ends in E, and its map is h -> exp(A sum(delta)) h + E.
+// Units, tiles and lanes: scan_tile.h. A unit walks its pieces in order; the state that enters every token at
+// a multiple of kScanCheckpoint is kept for the backward. Without y (the first phase of the segment form)
+// only the end states and the sums of delta are made: a piece from a zero state ends in E, and its map is h
+// -> exp(A sum(delta)) h + E.
 #pragma once
 #include "kernels/cpu/scan_tile.h"
 
@@ -36,8 +37,10 @@ void selective_scan_fwd(const ScanFwd& p, int64_t unit_begin, int64_t unit_end, 
       unit.load_state(unit.state, dims, p.states_in, piece.state_in);
       for (int64_t i = 0; i < kScanLd; ++i) sums[i] = 0;
       for (int64_t t0 = piece.begin, t1; t0 < piece.end; t0 = t1) {
-        t1 = (t0 / kScanTokens + 1) * kScanTokens < piece.end ? (t0 / kScanTokens + 1) * kScanTokens : piece.end;
-        if (p.checkpoints && t0 % kScanCheckpoint == 0 && t0 > piece.run_begin) unit.store_checkpoint(p, piece.row, t0);
+        t1 = (t0 / kScanTokens + 1) * kScanTokens < piece.end ? (t0 / kScanTokens + 1) * kScanTokens
+                                                              : piece.end;
+        if (p.checkpoints && t0 % kScanCheckpoint == 0 && t0 > piece.run_begin)
+          unit.store_checkpoint(p, piece.row, t0);
         unit.load_steps(p, piece.row, t0, t1);
         if (!dims.constant_B) unit.load_BC(unit.B, dims, p.B, piece.row, unit.group_B, t0, t1);
         if (!dims.constant_C && p.y) unit.load_BC(unit.C, dims, p.C, piece.row, unit.group_C, t0, t1);
@@ -50,8 +53,10 @@ void selective_scan_fwd(const ScanFwd& p, int64_t unit_begin, int64_t unit_end, 
           for (int64_t v = 0; v < unit.width; v += kWidth<R>)
             for (int64_t i = 0; i < dims.n; i += kBlock<kComplex>) {
               const int64_t blocks = (dims.n + kBlock<kComplex> - 1) / kBlock<kComplex>;
-              const int64_t part = v / kWidth<R> * blocks + i / kBlock<kComplex>, parts = unit.width / kWidth<R> * blocks;
-              for (const View* view : {&p.u, &p.delta, &p.z}) unit.prefetch_tokens(*view, piece.row, t1, next, part, parts);
+              const int64_t part = v / kWidth<R> * blocks + i / kBlock<kComplex>,
+                            parts = unit.width / kWidth<R> * blocks;
+              for (const View* view : {&p.u, &p.delta, &p.z})
+                unit.prefetch_tokens(*view, piece.row, t1, next, part, parts);
               if (p.y)
                 scan_block<R, kComplex, kConstB, kConstC, true, false>(unit, t1 - t0, i, v);
               else
@@ -79,11 +84,13 @@ void selective_scan_fwd(const ScanFwd& p, int64_t unit_begin, int64_t unit_end, 
   }
 }
 
-// Second phase of the segment form, for channels [begin, end): turns the end states E of pieces run from zero into the
-// states that enter them. states (pieces, d, n, parts): row k holds E of piece k - 1 within a run, or the run's initial state.
-// For the backward the same with time reversed: conj(exp(A sum)), and piece k gets the gradient from its right.
+// Second phase of the segment form, for channels [begin, end): turns the end states E of pieces run from zero
+// into the states that enter them. states (pieces, d, n, parts): row k holds E of piece k - 1 within a run,
+// or the run's initial state. For the backward the same with time reversed: conj(exp(A sum)), and piece k
+// gets the gradient from its right.
 template <class R>
-void selective_scan_combine(const ScanFwd& p, R* states, const R* ends, bool reverse, int64_t begin, int64_t end) {
+void selective_scan_combine(const ScanFwd& p, R* states, const R* ends, bool reverse, int64_t begin,
+                            int64_t end) {
   const ScanDims& dims = p.dims;
   const int64_t count = p.pieces.group[p.pieces.groups], parts = dims.parts(), row = dims.d * dims.n * parts;
   const R* sums = static_cast<const R*>(p.delta_sums);

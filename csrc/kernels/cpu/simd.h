@@ -1,5 +1,6 @@
 // Vectors of the widest registers of the instruction set that this file is compiled for, and the few
-// functions that the kernels need of them. Everything is inline and lives in the namespace of that instruction set.
+// functions that the kernels need of them. Everything is inline and lives in the namespace of that
+// instruction set.
 #pragma once
 #include <cmath>
 #include <cstdint>
@@ -92,8 +93,9 @@ MAMBA_INLINE Vec<float> min(Vec<float> a, Vec<float> b) {
 
 // ---- exp, log1p and what follows from them. NaN stays NaN ------------------------------------------------
 MAMBA_INLINE Vec<float> exp2(Vec<float> x) {
-  // 2^x = 2^n 2^r, n = round(x), |r| <= 1/2; a minimax polynomial of 2^r with 2^0 = 1 exactly. The magic number leaves
-  // n + 127, the exponent's bits, at the low end of `shifted`. Below 2^-126 the result stays there; above 2^127.5 it is infinite.
+  // 2^x = 2^n 2^r, n = round(x), |r| <= 1/2; a minimax polynomial of 2^r with 2^0 = 1 exactly. The magic
+  // number leaves n + 127, the exponent's bits, at the low end of `shifted`. Below 2^-126 the result stays
+  // there; above 2^127.5 it is infinite.
   const Vec<float> magic = splat(12582912.f + 127.f);
   x = min(splat(128.f), max(splat(-126.f), x));
   const Vec<float> shifted = x + magic;
@@ -153,7 +155,9 @@ MAMBA_INLINE void sincos(Vec<float> x, Vec<float>& sin, Vec<float>& cos) {
   const IntVec<float> quadrant = (IntVec<float>)shifted;
   const Vec<float> r = ((x - q * 1.5703125f) - q * 4.83751296997e-4f) - q * 7.54978995489e-8f, s = r * r;
   const Vec<float> sr = r + r * s * (-1.6666654611e-1f + s * (8.3321608736e-3f + s * -1.9515295891e-4f));
-  const Vec<float> cr = 1.f - 0.5f * s + s * s * (4.166664568298827e-2f + s * (-1.388731625493765e-3f + s * 2.443315711809948e-5f));
+  const Vec<float> cr =
+      1.f - 0.5f * s +
+      s * s * (4.166664568298827e-2f + s * (-1.388731625493765e-3f + s * 2.443315711809948e-5f));
   const Vec<float> sq = (quadrant & 1) != 0 ? cr : sr, cq = (quadrant & 1) != 0 ? sr : cr;
   sin = (quadrant & 2) != 0 ? -sq : sq;
   cos = ((quadrant + 1) & 2) != 0 ? -cq : cq;
@@ -197,7 +201,8 @@ MAMBA_INLINE Vec<R> silu_grad(Vec<R> z) {
   return s * (R(1) + z * (R(1) - s));
 }
 
-// ---- storage types -----------------------------------------------------------------------------------------
+// ---- storage types
+// -----------------------------------------------------------------------------------------
 MAMBA_INLINE float to_float(float x) { return x; }
 MAMBA_INLINE float to_float(bf16 x) {
   const uint32_t bits = uint32_t(x.bits) << 16;
@@ -301,7 +306,8 @@ MAMBA_INLINE void store_as(T* p, Vec<R> v) {
   } else if constexpr (__is_same(R, float) && __is_same(T, bf16)) {
     const IntVec<float> bits = (IntVec<float>)v;
     const IntVec<float> rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
-    *reinterpret_cast<HalfWords*>(p) = __builtin_convertvector(v != v ? IntVec<float>{} + 0x7fc0 : rounded, HalfWords);
+    *reinterpret_cast<HalfWords*>(p) =
+        __builtin_convertvector(v != v ? IntVec<float>{} + 0x7fc0 : rounded, HalfWords);
 #if defined(__AVX512F__)
   } else if constexpr (__is_same(R, float) && __is_same(T, f16)) {
     _mm256_storeu_si256((__m256i*)p, _mm512_cvtps_ph((__m512)v, _MM_FROUND_TO_NEAREST_INT));

@@ -1,16 +1,17 @@
-// SSD, backward, chunk by chunk from right to left (formulas of the forward: kernels/ssd.h; units and tiles: ssd_tile.h).
+// SSD, backward, chunk by chunk from right to left (formulas of the forward: kernels/ssd.h; units and tiles:
+// ssd_tile.h).
 //
 //   go = dy silu(z);  dM_ij = go_i . X_j;  W = dM o M;  dCB = dM o L      (i >= j)
 //   dX_j = sum_i M_ij go_i + e^{T - s_j} G B_j;   dx_j = delta_j dX_j + D go_j
-//   dC_i = sum_j dCB_ij B_j + chi_i,  chi_i = e^{s_i} H^T go_i;   dB_j = sum_i dCB_ij C_i + beta_j,  beta_j = e^{T-s_j} G^T X_j
-//   da_t = sum_{i >= t > j} W_ij + sum_{i >= t} C_i . chi_i + sum_{j < t} B_j . beta_j + e^T <G, H>
-//   ddelta_j = x_j . dX_j + A da_j;   dA = sum delta da;   G <- e^T G + sum_i (e^{s_i} go_i) C_i^T
+//   dC_i = sum_j dCB_ij B_j + chi_i,  chi_i = e^{s_i} H^T go_i;   dB_j = sum_i dCB_ij C_i + beta_j,  beta_j =
+//   e^{T-s_j} G^T X_j da_t = sum_{i >= t > j} W_ij + sum_{i >= t} C_i . chi_i + sum_{j < t} B_j . beta_j +
+//   e^T <G, H> ddelta_j = x_j . dX_j + A da_j;   dA = sum delta da;   G <- e^T G + sum_i (e^{s_i} go_i) C_i^T
 //
-// G is the gradient of the state after the chunk, H the state before it, both (p, padded n). The form of da has no
-// cancelling terms: the gradient of the decay keeps float32 accuracy also where the decay is strong. The states H are not
-// saved by the forward: they are run again, span by span of kSsdSpan chunks. dB and dC are summed over the heads of the
-// unit in cache and leave one partial per block of heads; dA, dD, dbias are summed chunk by chunk into one partial per group
-// of pieces. A second pass adds the partials in order.
+// G is the gradient of the state after the chunk, H the state before it, both (p, padded n). The form of da
+// has no cancelling terms: the gradient of the decay keeps float32 accuracy also where the decay is strong.
+// The states H are not saved by the forward: they are run again, span by span of kSsdSpan chunks. dB and dC
+// are summed over the heads of the unit in cache and leave one partial per block of heads; dA, dD, dbias are
+// summed chunk by chunk into one partial per group of pieces. A second pass adds the partials in order.
 #pragma once
 #include "kernels/cpu/ssd_tile.h"
 
@@ -36,7 +37,8 @@ struct SsdBackward {
   R *packed_B, *packed_C;      // (q, ldn) as right factors
   int64_t state_size;          // of one head
 
-  SsdBackward(const SsdDims& dims, int64_t spans, Arena<R>& arena) : unit(dims, arena), state_size(padded(dims.p) * unit.ldn) {
+  SsdBackward(const SsdDims& dims, int64_t spans, Arena<R>& arena)
+      : unit(dims, arena), state_size(padded(dims.p) * unit.ldn) {
     const int64_t all = dims.heads * state_size;
     for (R** state : {&H, &G}) *state = arena.take(all);
     states = arena.take(kSsdSpan * all);
@@ -62,34 +64,42 @@ struct SsdBackward {
     for (int64_t i = 0; i < dims.heads * state_size; ++i) to[i] = 0;
     if (!rows || row < 0) return;
     for (int64_t head = 0; head < unit.heads; ++head)
-      load_tile(to + head * state_size, unit.ldn, unit.state_view(rows), unit.state_at(dims, row, head), dims.p, dims.n, dims.n, 1);
+      load_tile(to + head * state_size, unit.ldn, unit.state_view(rows), unit.state_at(dims, row, head),
+                dims.p, dims.n, dims.n, 1);
   }
   void store_states(const R* from, const SsdDims& dims, void* rows, int64_t row) const {
     if (!rows || row < 0) return;
     for (int64_t head = 0; head < unit.heads; ++head)
-      store_tile(unit.state_view(rows), unit.state_at(dims, row, head), dims.p, dims.n, dims.n, 1, from + head * state_size, unit.ldn);
+      store_tile(unit.state_view(rows), unit.state_at(dims, row, head), dims.p, dims.n, dims.n, 1,
+                 from + head * state_size, unit.ldn);
   }
   void copy(R* to, const R* from, int64_t count) const {
     for (int64_t i = 0; i < count; i += kWidth<R>) store<R>(to + i, load<R>(from + i));
   }
 
-  // to = decay from + sum over t of weight_t rows_t^T columns_t; rows (len, ldp), columns (len, ldn), states (p, ldn).
-  void advance(const SsdDims& dims, R* to, const R* from, const R* rows, const R* weight, Right<R, T> columns, int64_t len) {
+  // to = decay from + sum over t of weight_t rows_t^T columns_t; rows (len, ldp), columns (len, ldn), states
+  // (p, ldn).
+  void advance(const SsdDims& dims, R* to, const R* from, const R* rows, const R* weight, Right<R, T> columns,
+               int64_t len) {
     const int64_t ldp = unit.ldp, ldn = unit.ldn;
     for (int64_t t = 0; t < len; ++t)
-      for (int64_t v = 0; v < ldp; v += kWidth<R>) store<R>(w + t * ldp + v, weight[t] * load<R>(rows + t * ldp + v));
-    gemm<false>(left_of_transposed<R, T>(left, turned, w, ldp, dims.p, len), columns, dims.p, ldn,
-                [&](int64_t, int64_t) { return Terms{0, len}; },
-                [&](int64_t i, int64_t v) { return Vec<R>(unit.steps.decay * load<R>(from + i * ldn + v)); },
-                [&](int64_t i, int64_t v, Vec<R> sum) { store<R>(to + i * ldn + v, sum); });
+      for (int64_t v = 0; v < ldp; v += kWidth<R>)
+        store<R>(w + t * ldp + v, weight[t] * load<R>(rows + t * ldp + v));
+    gemm<false>(
+        left_of_transposed<R, T>(left, turned, w, ldp, dims.p, len), columns, dims.p, ldn,
+        [&](int64_t, int64_t) { return Terms{0, len}; },
+        [&](int64_t i, int64_t v) { return Vec<R>(unit.steps.decay * load<R>(from + i * ldn + v)); },
+        [&](int64_t i, int64_t v, Vec<R> sum) { store<R>(to + i * ldn + v, sum); });
   }
 
   // X = delta x of one head, zero up to a whole vector of tokens.
   void load_X(const SsdFwd& p, int64_t row, int64_t t0, int64_t t1, int64_t head) {
     const int64_t len = t1 - t0, ldp = unit.ldp;
-    unit.load_tokens(x, p.x, row, t0, t1, unit.head0 + head, p.dims.p, ldp, (len + kWidth<R> - 1) / kWidth<R> * kWidth<R>);
+    unit.load_tokens(x, p.x, row, t0, t1, unit.head0 + head, p.dims.p, ldp,
+                     (len + kWidth<R> - 1) / kWidth<R> * kWidth<R>);
     for (int64_t t = 0; t < (len + kWidth<R> - 1) / kWidth<R> * kWidth<R>; ++t)
-      for (int64_t v = 0; v < ldp; v += kWidth<R>) store<R>(X + t * ldp + v, unit.steps.delta[t] * load<R>(x + t * ldp + v));
+      for (int64_t v = 0; v < ldp; v += kWidth<R>)
+        store<R>(X + t * ldp + v, unit.steps.delta[t] * load<R>(x + t * ldp + v));
   }
   // go = dy silu(z), into `go`; dy stays in dX and z in z.
   void load_go(const SsdBwd& p, int64_t row, int64_t t0, int64_t t1, int64_t head) {
@@ -98,10 +108,12 @@ struct SsdBackward {
     unit.load_tokens(go, p.dy, row, t0, t1, unit.head0 + head, dims.p, ldp, 0);
     if (!p.fwd.z) return;
     unit.load_tokens(z, p.fwd.z, row, t0, t1, unit.head0 + head, dims.p, ldp, 0);
-    for (int64_t i = 0; i < (t1 - t0) * ldp; i += kWidth<R>) store<R>(go + i, load<R>(go + i) * silu<R>(load<R>(z + i)));
+    for (int64_t i = 0; i < (t1 - t0) * ldp; i += kWidth<R>)
+      store<R>(go + i, load<R>(go + i) * silu<R>(load<R>(z + i)));
   }
 
-  // Runs the states of all heads from H over the chunks [t0, end): into `states`, before every chunk, or in place to the end.
+  // Runs the states of all heads from H over the chunks [t0, end): into `states`, before every chunk, or in
+  // place to the end.
   void run_states(const SsdBwd& p, const Piece& piece, int64_t t0, int64_t end, bool keep) {
     const SsdDims& dims = p.fwd.dims;
     const int64_t all = dims.heads * state_size;
@@ -115,13 +127,15 @@ struct SsdBackward {
       for (int64_t head = 0; head < unit.heads; ++head) {
         unit.make_steps(p.fwd, head, t1 - t0);
         load_X(p.fwd, piece.row, t0, t1, head);
-        advance(dims, to + head * state_size, from + head * state_size, X, unit.steps.to_end, right_B, t1 - t0);
+        advance(dims, to + head * state_size, from + head * state_size, X, unit.steps.to_end, right_B,
+                t1 - t0);
       }
       from = to;
     }
   }
 
-  // M, dCB and the part of da that comes from W, rows in descending order so that `below` holds their column sums.
+  // M, dCB and the part of da that comes from W, rows in descending order so that `below` holds their column
+  // sums.
   void pair_gradients(int64_t len) {
     const int64_t ldq = unit.ldq;
     for (int64_t v = 0; v < ldq; v += kWidth<R>) store<R>(below + v, Vec<R>{});
@@ -131,7 +145,8 @@ struct SsdBackward {
         const auto seen = unit.causal(i, v);
         const int64_t at = i * ldq + v;
         const Vec<R> L = unit.decay_row(i, v);
-        const Vec<R> m = (seen ? load<R>(unit.CB + at) : Vec<R>{}) * L, dm = seen ? load<R>(dM + at) : Vec<R>{};
+        const Vec<R> m = (seen ? load<R>(unit.CB + at) : Vec<R>{}) * L,
+                     dm = seen ? load<R>(dM + at) : Vec<R>{};
         store<R>(M + at, m);
         store<R>(dCB + at, load<R>(dCB + at) + dm * L);
         const Vec<R> column = load<R>(below + v) + dm * m;
@@ -143,11 +158,12 @@ struct SsdBackward {
   }
 
   // All gradients of one head in one chunk.
-  void head_gradients(const SsdBwd& p, const Piece& piece, int64_t t0, int64_t t1, int64_t head, const R* before,
-                      Right<R, T> right_C) {
+  void head_gradients(const SsdBwd& p, const Piece& piece, int64_t t0, int64_t t1, int64_t head,
+                      const R* before, Right<R, T> right_C) {
     const SsdDims& dims = p.fwd.dims;
     const SsdSteps<R>& s = unit.steps;
-    const int64_t len = t1 - t0, cols = (len + kWidth<R> - 1) / kWidth<R> * kWidth<R>, ldp = unit.ldp, ldq = unit.ldq, ldn = unit.ldn;
+    const int64_t len = t1 - t0, cols = (len + kWidth<R> - 1) / kWidth<R> * kWidth<R>, ldp = unit.ldp,
+                  ldq = unit.ldq, ldn = unit.ldn;
     R* after = G + head * state_size;
     const R* D = unit.D + head * ldp;
     const auto zero = [](int64_t, int64_t) { return Vec<R>{}; };
@@ -160,7 +176,8 @@ struct SsdBackward {
     load_X(p.fwd, piece.row, t0, t1, head);
     load_go(p, piece.row, t0, t1, head);
     if (head + 1 < unit.heads)
-      for (const View* next : {&p.fwd.x, &p.fwd.z, &p.dy}) unit.prefetch_tokens(*next, piece.row, t0, t1, head + 1, dims.p);
+      for (const View* next : {&p.fwd.x, &p.fwd.z, &p.dy})
+        unit.prefetch_tokens(*next, piece.row, t0, t1, head + 1, dims.p);
     const Left<R, T> left_go = left_of<R, T>(packed_go, go, ldp, len, dims.p);
     const Left<R, T> left_X = left_of<R, T>(packed_X, X, ldp, len, dims.p);
     transpose(XT, ldq, X, ldp, cols, ldp);
@@ -171,24 +188,29 @@ struct SsdBackward {
     transpose(swapped, ldp, after, ldn, ldp, ldn);
     gemm<false>(unit.left_B, right_of<R, T>(right, swapped, ldp, dims.n), len, ldp, over_n, zero,
                 [&](int64_t j, int64_t v, Vec<R> sum) { store<R>(dX + j * ldp + v, s.to_end[j] * sum); });
-    gemm<false>(left_of_transposed<R, T>(left, turned, M, ldq, len, len), right_of<R, T>(right, go, ldp, len), len, ldp, from_row,
-                [&](int64_t j, int64_t v) { return load<R>(dX + j * ldp + v); },
-                [&](int64_t j, int64_t v, Vec<R> sum) { store<R>(dX + j * ldp + v, sum); });
+    gemm<false>(
+        left_of_transposed<R, T>(left, turned, M, ldq, len, len), right_of<R, T>(right, go, ldp, len), len,
+        ldp, from_row, [&](int64_t j, int64_t v) { return load<R>(dX + j * ldp + v); },
+        [&](int64_t j, int64_t v, Vec<R> sum) { store<R>(dX + j * ldp + v, sum); });
 
     for (int64_t i = 0; i < len * kWidth<R>; i += kWidth<R>) {
       store<R>(lanes_r + i, Vec<R>{});
       store<R>(lanes_k + i, Vec<R>{});
     }
-    gemm<false>(left_go, right_of<R, T>(right, before, ldn, dims.p), len, ldn, over_p, zero, [&](int64_t i, int64_t v, Vec<R> sum) {
-      const Vec<R> chi = s.from_start[i] * sum;
-      store<R>(dC + i * ldn + v, load<R>(dC + i * ldn + v) + chi);
-      store<R>(lanes_r + i * kWidth<R>, load<R>(lanes_r + i * kWidth<R>) + chi * load<R>(unit.C + i * ldn + v));
-    });
-    gemm<false>(left_X, right_of<R, T>(right, after, ldn, dims.p), len, ldn, over_p, zero, [&](int64_t j, int64_t v, Vec<R> sum) {
-      const Vec<R> beta = s.to_end[j] * sum;
-      store<R>(dB + j * ldn + v, load<R>(dB + j * ldn + v) + beta);
-      store<R>(lanes_k + j * kWidth<R>, load<R>(lanes_k + j * kWidth<R>) + beta * load<R>(unit.B + j * ldn + v));
-    });
+    gemm<false>(left_go, right_of<R, T>(right, before, ldn, dims.p), len, ldn, over_p, zero,
+                [&](int64_t i, int64_t v, Vec<R> sum) {
+                  const Vec<R> chi = s.from_start[i] * sum;
+                  store<R>(dC + i * ldn + v, load<R>(dC + i * ldn + v) + chi);
+                  store<R>(lanes_r + i * kWidth<R>,
+                           load<R>(lanes_r + i * kWidth<R>) + chi * load<R>(unit.C + i * ldn + v));
+                });
+    gemm<false>(left_X, right_of<R, T>(right, after, ldn, dims.p), len, ldn, over_p, zero,
+                [&](int64_t j, int64_t v, Vec<R> sum) {
+                  const Vec<R> beta = s.to_end[j] * sum;
+                  store<R>(dB + j * ldn + v, load<R>(dB + j * ldn + v) + beta);
+                  store<R>(lanes_k + j * kWidth<R>,
+                           load<R>(lanes_k + j * kWidth<R>) + beta * load<R>(unit.B + j * ldn + v));
+                });
 
     Vec<R> product = {};
     for (int64_t i = 0; i < dims.p * ldn; i += kWidth<R>) product += load<R>(after + i) * load<R>(before + i);
@@ -226,11 +248,15 @@ struct SsdBackward {
 
     if (p.fwd.z) {  // dz = dy o silu'(z), with o run again
       transpose(swapped, ldp, before, ldn, ldp, ldn);
-      gemm<false>(unit.left_C, right_of<R, T>(right, swapped, ldp, dims.n), len, ldp, over_n, zero,
-                  [&](int64_t i, int64_t v, Vec<R> sum) { store<R>(w + i * ldp + v, s.from_start[i] * sum); });
-      gemm<false>(left_of<R, T>(left, M, ldq, len, len), right_of<R, T>(right, X, ldp, len), len, ldp, to_row,
-                  [&](int64_t i, int64_t v) { return Vec<R>(load<R>(w + i * ldp + v) + load<R>(D + v) * load<R>(x + i * ldp + v)); },
-                  [&](int64_t i, int64_t v, Vec<R> sum) { store<R>(w + i * ldp + v, sum); });
+      gemm<false>(
+          unit.left_C, right_of<R, T>(right, swapped, ldp, dims.n), len, ldp, over_n, zero,
+          [&](int64_t i, int64_t v, Vec<R> sum) { store<R>(w + i * ldp + v, s.from_start[i] * sum); });
+      gemm<false>(
+          left_of<R, T>(left, M, ldq, len, len), right_of<R, T>(right, X, ldp, len), len, ldp, to_row,
+          [&](int64_t i, int64_t v) {
+            return Vec<R>(load<R>(w + i * ldp + v) + load<R>(D + v) * load<R>(x + i * ldp + v));
+          },
+          [&](int64_t i, int64_t v, Vec<R> sum) { store<R>(w + i * ldp + v, sum); });
       unit.load_tokens(dX, p.dy, piece.row, t0, t1, unit.head0 + head, dims.p, ldp, 0);
       for (int64_t i = 0; i < len * ldp; i += kWidth<R>)
         store<R>(dX + i, load<R>(dX + i) * load<R>(w + i) * silu_grad<R>(load<R>(z + i)));
@@ -253,8 +279,8 @@ struct SsdBackward {
     R sum_bias = 0;
     for (int64_t t = 0; t < len; ++t) sum_bias += ddelta[t];
     dbias[head] += sum_bias;
-    store_tile(p.ddt, row * p.ddt.stride[0] + t0 * p.ddt.stride[1] + (unit.head0 + head) * p.ddt.stride[2], 1, 0, len,
-               p.ddt.stride[1], ddelta, unit.ldq);
+    store_tile(p.ddt, row * p.ddt.stride[0] + t0 * p.ddt.stride[1] + (unit.head0 + head) * p.ddt.stride[2], 1,
+               0, len, p.ddt.stride[1], ddelta, unit.ldq);
   }
 
   // dB and dC of the chunk: what the pairs add, once for all heads; then this block's partial.
@@ -262,14 +288,16 @@ struct SsdBackward {
     const SsdDims& dims = p.fwd.dims;
     const int64_t len = t1 - t0, ldq = unit.ldq, ldn = unit.ldn;
     R* out = static_cast<R*>(p.partial_BC) + ((unit.block * dims.b + row) * dims.l + t0) * 2 * ldn;
-    gemm<false>(left_of_transposed<R, T>(left, turned, dCB, ldq, len, len), right_C, len, ldn,
-                [&](int64_t j0, int64_t) { return Terms{j0, len}; },
-                [&](int64_t j, int64_t v) { return load<R>(dB + j * ldn + v); },
-                [&](int64_t j, int64_t v, Vec<R> sum) { store<R>(out + j * 2 * ldn + v, sum); });
-    gemm<false>(left_of<R, T>(left, dCB, ldq, len, len), right_of<R, T>(packed_B, unit.B, ldn, len), len, ldn,
-                [&](int64_t, int64_t i1) { return Terms{0, i1 < len ? i1 : len}; },
-                [&](int64_t i, int64_t v) { return load<R>(dC + i * ldn + v); },
-                [&](int64_t i, int64_t v, Vec<R> sum) { store<R>(out + (2 * i + 1) * ldn + v, sum); });
+    gemm<false>(
+        left_of_transposed<R, T>(left, turned, dCB, ldq, len, len), right_C, len, ldn,
+        [&](int64_t j0, int64_t) { return Terms{j0, len}; },
+        [&](int64_t j, int64_t v) { return load<R>(dB + j * ldn + v); },
+        [&](int64_t j, int64_t v, Vec<R> sum) { store<R>(out + j * 2 * ldn + v, sum); });
+    gemm<false>(
+        left_of<R, T>(left, dCB, ldq, len, len), right_of<R, T>(packed_B, unit.B, ldn, len), len, ldn,
+        [&](int64_t, int64_t i1) { return Terms{0, i1 < len ? i1 : len}; },
+        [&](int64_t i, int64_t v) { return load<R>(dC + i * ldn + v); },
+        [&](int64_t i, int64_t v, Vec<R> sum) { store<R>(out + (2 * i + 1) * ldn + v, sum); });
   }
 
   void store_token_sums(const SsdBwd& p) const {
@@ -300,8 +328,8 @@ int64_t ssd_bwd_scratch(const SsdDims& dims, const Pieces& pieces) {
   return arena.used * sizeof(R);
 }
 
-// Without dx (the first phase of the segment form) only G is carried, from zero on the right of every piece to dstates_in,
-// and the log decays are summed over every piece.
+// Without dx (the first phase of the segment form) only G is carried, from zero on the right of every piece
+// to dstates_in, and the log decays are summed over every piece.
 template <class R, class T>
 void ssd_bwd(const SsdBwd& p, int64_t unit_begin, int64_t unit_end, void* scratch) {
   const SsdDims& dims = p.fwd.dims;
@@ -324,14 +352,16 @@ void ssd_bwd(const SsdBwd& p, int64_t unit_begin, int64_t unit_end, void* scratc
         work.load_states(work.H, dims, p.fwd.states_in, piece.state_in);
         for (int64_t i = 0; i < spans; ++i) {
           work.copy(work.starts + i * all, work.H, all);
-          if (i + 1 < spans) work.run_states(p, piece, piece.begin + i * span, piece.begin + (i + 1) * span, false);
+          if (i + 1 < spans)
+            work.run_states(p, piece, piece.begin + i * span, piece.begin + (i + 1) * span, false);
         }
       }
       R* total = p.fwd.log_decays ? static_cast<R*>(p.fwd.log_decays) + k * dims.h + unit.head0 : nullptr;
       for (int64_t head = 0; total && head < unit.heads; ++head) total[head] = 0;
 
       for (int64_t i = spans - 1; i >= 0; --i) {
-        const int64_t begin = piece.begin + i * span, end = begin + span < piece.end ? begin + span : piece.end;
+        const int64_t begin = piece.begin + i * span,
+                      end = begin + span < piece.end ? begin + span : piece.end;
         if (p.dx) {
           work.copy(work.H, work.starts + i * all, all);
           work.run_states(p, piece, begin, end, true);
@@ -354,7 +384,8 @@ void ssd_bwd(const SsdBwd& p, int64_t unit_begin, int64_t unit_end, void* scratc
             for (int64_t j = 0; j < (t1 - t0) * unit.ldn; ++j) tile[j] = 0;
           for (int64_t j = 0; j < (t1 - t0) * unit.ldq; ++j) work.dCB[j] = 0;
           for (int64_t head = 0; head < unit.heads; ++head)
-            work.head_gradients(p, piece, t0, t1, head, work.states + c * all + head * work.state_size, right_C);
+            work.head_gradients(p, piece, t0, t1, head, work.states + c * all + head * work.state_size,
+                                right_C);
           work.finish_chunk(p, piece.row, t0, t1, right_C);
         }
       }
@@ -364,7 +395,8 @@ void ssd_bwd(const SsdBwd& p, int64_t unit_begin, int64_t unit_end, void* scratc
   }
 }
 
-// Second pass of the reductions: dA, ddt_bias and dD (unit 0), then dB and dC of kSsdReduceTokens tokens each.
+// Second pass of the reductions: dA, ddt_bias and dD (unit 0), then dB and dC of kSsdReduceTokens tokens
+// each.
 template <class R>
 void ssd_reduce(const SsdBwd& p, int64_t unit_begin, int64_t unit_end) {
   const SsdDims& dims = p.fwd.dims;
@@ -383,11 +415,13 @@ void ssd_reduce(const SsdBwd& p, int64_t unit_begin, int64_t unit_end) {
         }
         if (!p.dD) continue;
         if (dims.D_per_channel) {
-          sum_partials(p.dD, head * p.dD.stride[0], 1, 0, dims.p, p.dD.stride[1], from + padded(2), ldh, groups, dims.h * ldh);
+          sum_partials(p.dD, head * p.dD.stride[0], 1, 0, dims.p, p.dD.stride[1], from + padded(2), ldh,
+                       groups, dims.h * ldh);
         } else {
           Vec<R> total = {};
           for (int64_t g = 0; g < groups; ++g)
-            for (int64_t v = 0; v < padded(dims.p); v += kWidth<R>) total += load<R>(from + padded(2) + g * dims.h * ldh + v);
+            for (int64_t v = 0; v < padded(dims.p); v += kWidth<R>)
+              total += load<R>(from + padded(2) + g * dims.h * ldh + v);
           R row[kPad] = {sum<R>(total)};
           store_tile(p.dD, head * p.dD.stride[0], 1, 0, 1, 1, row, kPad);
         }
@@ -398,11 +432,14 @@ void ssd_reduce(const SsdBwd& p, int64_t unit_begin, int64_t unit_end) {
     const int64_t tokens = dims.l - t0 < kSsdReduceTokens ? dims.l - t0 : kSsdReduceTokens;
     for (int which = 0; which < 2; ++which) {
       const View& out = which == 0 ? p.dB : p.dC;
-      const int64_t out_groups = which == 0 ? dims.groups_B : dims.groups_C, blocks = dims.head_blocks() / out_groups;
+      const int64_t out_groups = which == 0 ? dims.groups_B : dims.groups_C,
+                    blocks = dims.head_blocks() / out_groups;
       for (int64_t g = 0; g < out_groups; ++g)
-        sum_partials(out, row * out.stride[0] + t0 * out.stride[1] + g * out.stride[2], tokens, out.stride[1], dims.n, out.stride[3],
-                     static_cast<const R*>(p.partial_BC) + (((g * blocks * dims.b + row) * dims.l + t0) * 2 + which) * ldn, 2 * ldn,
-                     blocks, dims.b * dims.l * 2 * ldn);
+        sum_partials(out, row * out.stride[0] + t0 * out.stride[1] + g * out.stride[2], tokens, out.stride[1],
+                     dims.n, out.stride[3],
+                     static_cast<const R*>(p.partial_BC) +
+                         (((g * blocks * dims.b + row) * dims.l + t0) * 2 + which) * ldn,
+                     2 * ldn, blocks, dims.b * dims.l * 2 * ldn);
     }
   }
 }

@@ -1,9 +1,12 @@
-// SSD, forward, chunk by chunk with the state in cache (formulas: kernels/ssd.h; units and tiles: ssd_tile.h).
+// SSD, forward, chunk by chunk with the state in cache (formulas: kernels/ssd.h; units and tiles:
+// ssd_tile.h).
 //
-// The state of a head is kept as H (n, padded p), so that both products with it run along p. Per chunk and head:
-//   y_i = e^{s_i} C_i H + sum_j (CB_ij L_ij delta_j) x_j + D x_i;   H <- e^T H + sum_j B_j^T (e^{T - s_j} delta_j x_j)
-// Without y (the first phase of the segment form) only H and the sum of T are made. No sums across units: the result does not
-// depend on how heads are dealt into them.
+// The state of a head is kept as H (n, padded p), so that both products with it run along p. Per chunk and
+// head:
+//   y_i = e^{s_i} C_i H + sum_j (CB_ij L_ij delta_j) x_j + D x_i;   H <- e^T H + sum_j B_j^T (e^{T - s_j}
+//   delta_j x_j)
+// Without y (the first phase of the segment form) only H and the sum of T are made. No sums across units: the
+// result does not depend on how heads are dealt into them.
 #pragma once
 #include "kernels/cpu/ssd_tile.h"
 
@@ -12,9 +15,9 @@ namespace mamba_ops::MAMBA_ISA {
 template <class R, class T>
 struct SsdForward {
   SsdUnit<R, T> unit;
-  R *H;        // (heads, n, ldp)
-  R *M;        // (q, ldq)
-  R *x, *w, *y;  // (q, ldp): inputs, weighted inputs, outputs
+  R* H;                                  // (heads, n, ldp)
+  R* M;                                  // (q, ldq)
+  R *x, *w, *y;                          // (q, ldp): inputs, weighted inputs, outputs
   R *left, *right, *turned, *packed_Bt;  // room for factors
 
   SsdForward(const SsdDims& dims, Arena<R>& arena) : unit(dims, arena) {
@@ -32,8 +35,8 @@ struct SsdForward {
     for (int64_t i = 0; i < dims.heads * dims.n * unit.ldp; ++i) H[i] = 0;
     if (!p.states_in || row < 0) return;
     for (int64_t k = 0; k < unit.heads; ++k)
-      load_tile(H + k * dims.n * unit.ldp, unit.ldp, unit.state_view(p.states_in), unit.state_at(dims, row, k), dims.n, 1, dims.p,
-                dims.n);
+      load_tile(H + k * dims.n * unit.ldp, unit.ldp, unit.state_view(p.states_in),
+                unit.state_at(dims, row, k), dims.n, 1, dims.p, dims.n);
   }
   void store_states(const SsdFwd& p, int64_t row) const {
     const SsdDims& dims = p.dims;
@@ -53,16 +56,21 @@ struct SsdForward {
         const Vec<R> cb = unit.causal(i, v) ? load<R>(unit.CB + i * ldq + v) : Vec<R>{};
         store<R>(M + i * ldq + v, cb * unit.decay_row(i, v) * load<R>(s.delta + v));
       }
-    gemm<false>(unit.left_C, right_of<R, T>(right, state, ldp, dims.n), len, ldp,
-                [&](int64_t, int64_t) { return Terms{0, dims.n}; }, [](int64_t, int64_t) { return Vec<R>{}; },
-                [&](int64_t i, int64_t v, Vec<R> sum) { store<R>(y + i * ldp + v, s.from_start[i] * sum); });
-    gemm<false>(left_of<R, T>(left, M, ldq, len, len), right_of<R, T>(right, x, ldp, len), len, ldp,
-                [&](int64_t, int64_t i1) { return Terms{0, i1 < len ? i1 : len}; },
-                [&](int64_t i, int64_t v) { return Vec<R>(load<R>(y + i * ldp + v) + load<R>(D + v) * load<R>(x + i * ldp + v)); },
-                [&](int64_t i, int64_t v, Vec<R> sum) { store<R>(y + i * ldp + v, sum); });
+    gemm<false>(
+        unit.left_C, right_of<R, T>(right, state, ldp, dims.n), len, ldp,
+        [&](int64_t, int64_t) { return Terms{0, dims.n}; }, [](int64_t, int64_t) { return Vec<R>{}; },
+        [&](int64_t i, int64_t v, Vec<R> sum) { store<R>(y + i * ldp + v, s.from_start[i] * sum); });
+    gemm<false>(
+        left_of<R, T>(left, M, ldq, len, len), right_of<R, T>(right, x, ldp, len), len, ldp,
+        [&](int64_t, int64_t i1) { return Terms{0, i1 < len ? i1 : len}; },
+        [&](int64_t i, int64_t v) {
+          return Vec<R>(load<R>(y + i * ldp + v) + load<R>(D + v) * load<R>(x + i * ldp + v));
+        },
+        [&](int64_t i, int64_t v, Vec<R> sum) { store<R>(y + i * ldp + v, sum); });
     if (p.z) {
       unit.load_tokens(w, p.z, row, t0, t1, unit.head0 + head, dims.p, ldp, 0);
-      for (int64_t i = 0; i < len * ldp; i += kWidth<R>) store<R>(y + i, load<R>(y + i) * silu<R>(load<R>(w + i)));
+      for (int64_t i = 0; i < len * ldp; i += kWidth<R>)
+        store<R>(y + i, load<R>(y + i) * silu<R>(load<R>(w + i)));
     }
     unit.store_tokens(p.y, row, t0, t1, head, dims.p, y);
   }
@@ -74,11 +82,14 @@ struct SsdForward {
     R* state = H + head * dims.n * ldp;
     for (int64_t j = 0; j < len; ++j) {
       const R weight = s.to_end[j] * s.delta[j];
-      for (int64_t v = 0; v < ldp; v += kWidth<R>) store<R>(w + j * ldp + v, weight * load<R>(x + j * ldp + v));
+      for (int64_t v = 0; v < ldp; v += kWidth<R>)
+        store<R>(w + j * ldp + v, weight * load<R>(x + j * ldp + v));
     }
-    gemm<false>(left_Bt, right_of<R, T>(right, w, ldp, len), dims.n, ldp, [&](int64_t, int64_t) { return Terms{0, len}; },
-                [&](int64_t i, int64_t v) { return Vec<R>(s.decay * load<R>(state + i * ldp + v)); },
-                [&](int64_t i, int64_t v, Vec<R> sum) { store<R>(state + i * ldp + v, sum); });
+    gemm<false>(
+        left_Bt, right_of<R, T>(right, w, ldp, len), dims.n, ldp,
+        [&](int64_t, int64_t) { return Terms{0, len}; },
+        [&](int64_t i, int64_t v) { return Vec<R>(s.decay * load<R>(state + i * ldp + v)); },
+        [&](int64_t i, int64_t v, Vec<R> sum) { store<R>(state + i * ldp + v, sum); });
   }
 };
 
@@ -105,7 +116,8 @@ void ssd_fwd(const SsdFwd& p, int64_t unit_begin, int64_t unit_end, void* scratc
       for (int64_t t0 = piece.begin; t0 < piece.end; t0 += dims.q) {
         const int64_t t1 = t0 + dims.q < piece.end ? t0 + dims.q : piece.end;
         unit.load_chunk(p, piece.row, t0, t1, bool(p.y));
-        const auto left_Bt = left_of_transposed<R, T>(work.packed_Bt, work.turned, unit.B, unit.ldn, dims.n, t1 - t0);
+        const auto left_Bt =
+            left_of_transposed<R, T>(work.packed_Bt, work.turned, unit.B, unit.ldn, dims.n, t1 - t0);
         for (int64_t head = 0; head < unit.heads; ++head) {
           unit.make_steps(p, head, t1 - t0);
           unit.load_tokens(work.x, p.x, piece.row, t0, t1, unit.head0 + head, dims.p, unit.ldp, 0);
@@ -119,9 +131,9 @@ void ssd_fwd(const SsdFwd& p, int64_t unit_begin, int64_t unit_end, void* scratc
   }
 }
 
-// Second phase of the segment form, for heads [begin, end): row k of states (pieces, h, p, n) becomes the state that enters
-// piece k, given those of the first piece of every run and the ends of pieces run from zero. With `reverse` the gradient that
-// enters from the right.
+// Second phase of the segment form, for heads [begin, end): row k of states (pieces, h, p, n) becomes the
+// state that enters piece k, given those of the first piece of every run and the ends of pieces run from
+// zero. With `reverse` the gradient that enters from the right.
 template <class R>
 void ssd_combine(const SsdFwd& p, R* states, const R* ends, bool reverse, int64_t begin, int64_t end) {
   const int64_t count = p.pieces.group[p.pieces.groups], size = p.dims.p * p.dims.n, row = p.dims.h * size;

@@ -1,8 +1,10 @@
 // What the forward and the backward of the SSD share: a unit of work, and the tiles of one chunk.
 //
-// A unit owns one group of pieces and up to dims.heads heads that share B and C, so that C B^T of a chunk is made once
-// for all of them. T is the type of the factors of products (gemm.h), R that of everything else. Matrices are row-major with rows padded to whole vectors: tokens (q, padded p) or (q, padded n), pairs
-// of tokens (q, padded q). Everything beyond the last token of a short chunk is zero where a product may read it.
+// A unit owns one group of pieces and up to dims.heads heads that share B and C, so that C B^T of a chunk is
+// made once for all of them. T is the type of the factors of products (gemm.h), R that of everything else.
+// Matrices are row-major with rows padded to whole vectors: tokens (q, padded p) or (q, padded n), pairs of
+// tokens (q, padded q). Everything beyond the last token of a short chunk is zero where a product may read
+// it.
 #pragma once
 #include "kernels/cpu/arena.h"
 #include "kernels/cpu/gemm.h"
@@ -14,29 +16,30 @@ namespace mamba_ops::MAMBA_ISA {
 // Values of one head for the tokens of a chunk.
 template <class R>
 struct SsdSteps {
-  R *raw;        // before softplus and clamp
-  R *delta;      // steps; 0 past the end
-  R *s;          // cumsum of delta A
-  R *from_start; // e^{s_i}
-  R *to_end;     // e^{T - s_j}
-  R A, T, decay; // decay = e^T
+  R* raw;         // before softplus and clamp
+  R* delta;       // steps; 0 past the end
+  R* s;           // cumsum of delta A
+  R* from_start;  // e^{s_i}
+  R* to_end;      // e^{T - s_j}
+  R A, T, decay;  // decay = e^T
 };
 
 template <class R, class T>
 struct SsdUnit {
-  int64_t pieces, block;                // group of pieces; block of heads
+  int64_t pieces, block;  // group of pieces; block of heads
   int64_t head0, heads, group_B, group_C;
   int64_t ldq, ldp, ldn;
-  R *B, *C;                             // (q, ldn)
-  R* CB;                                // (q, ldq): C_i . B_j for j <= i; blocks above the diagonal are not written
-  R* BT;                                // (ldn, ldq)
-  R *packed_B, *packed_C, *packed_BT;   // as factors of products
-  Left<R, T> left_B, left_C;            // rows are tokens
-  R* dt;                                // (heads, ldq)
-  R* D;                                 // (heads, ldp)
+  R *B, *C;  // (q, ldn)
+  R* CB;     // (q, ldq): C_i . B_j for j <= i; blocks above the diagonal are not written
+  R* BT;     // (ldn, ldq)
+  R *packed_B, *packed_C, *packed_BT;  // as factors of products
+  Left<R, T> left_B, left_C;           // rows are tokens
+  R* dt;                               // (heads, ldq)
+  R* D;                                // (heads, ldp)
   SsdSteps<R> steps;
 
-  SsdUnit(const SsdDims& dims, Arena<R>& arena) : ldq(padded(dims.q)), ldp(padded(dims.p)), ldn(padded(dims.n)) {
+  SsdUnit(const SsdDims& dims, Arena<R>& arena)
+      : ldq(padded(dims.q)), ldp(padded(dims.p)), ldn(padded(dims.n)) {
     B = arena.take(ldq * ldn);
     C = arena.take(ldq * ldn);
     CB = arena.take(dims.q * ldq);
@@ -45,7 +48,8 @@ struct SsdUnit {
     packed_BT = arena.take(right_size<R, T>(ldn, ldq));
     dt = arena.take(padded(dims.heads) * ldq);
     D = arena.take(dims.heads * ldp);
-    for (R** row : {&steps.raw, &steps.delta, &steps.s, &steps.from_start, &steps.to_end}) *row = arena.take(ldq);
+    for (R** row : {&steps.raw, &steps.delta, &steps.s, &steps.from_start, &steps.to_end})
+      *row = arena.take(ldq);
   }
 
   void begin(const SsdFwd& p, int64_t unit) {
@@ -60,7 +64,8 @@ struct SsdUnit {
     group_C = head0 / (dims.h / dims.groups_C);
     for (int64_t i = 0; i < dims.heads * ldp; ++i) D[i] = 0;
     if (p.D)
-      load_tile(D, ldp, p.D, head0 * p.D.stride[0], heads, p.D.stride[0], dims.p, dims.D_per_channel ? p.D.stride[1] : 0);
+      load_tile(D, ldp, p.D, head0 * p.D.stride[0], heads, p.D.stride[0], dims.p,
+                dims.D_per_channel ? p.D.stride[1] : 0);
   }
 
   static R scalar(const View& v, int64_t offset) {
@@ -81,33 +86,37 @@ struct SsdUnit {
     const int64_t len = t1 - t0, cols = (len + kWidth<R> - 1) / kWidth<R> * kWidth<R>;
     load_tokens(B, p.B, row, t0, t1, group_B, dims.n, ldn, cols);
     load_tokens(C, p.C, row, t0, t1, group_C, dims.n, ldn, cols);
-    load_tile(dt, ldq, p.dt, row * p.dt.stride[0] + t0 * p.dt.stride[1] + head0 * p.dt.stride[2], heads, p.dt.stride[2], len,
-              p.dt.stride[1]);
+    load_tile(dt, ldq, p.dt, row * p.dt.stride[0] + t0 * p.dt.stride[1] + head0 * p.dt.stride[2], heads,
+              p.dt.stride[2], len, p.dt.stride[1]);
     if (!products) return;
     left_B = left_of<R, T>(packed_B, B, ldn, len, dims.n);
     left_C = left_of<R, T>(packed_C, C, ldn, len, dims.n);
     transpose(BT, ldq, B, ldn, cols, ldn);
-    gemm<true>(left_C, right_of<R, T>(packed_BT, BT, ldq, dims.n), len, cols,
-               [&](int64_t, int64_t) { return Terms{0, dims.n}; }, [](int64_t, int64_t) { return Vec<R>{}; },
-               [&](int64_t i, int64_t v, Vec<R> sum) { store<R>(CB + i * ldq + v, sum); });
+    gemm<true>(
+        left_C, right_of<R, T>(packed_BT, BT, ldq, dims.n), len, cols,
+        [&](int64_t, int64_t) { return Terms{0, dims.n}; }, [](int64_t, int64_t) { return Vec<R>{}; },
+        [&](int64_t i, int64_t v, Vec<R> sum) { store<R>(CB + i * ldq + v, sum); });
   }
   // Tokens [t0, t1) of (b, l, groups or heads, width) -> (tokens, ld), zero in rows up to `rows`.
-  void load_tokens(R* dst, const View& v, int64_t row, int64_t t0, int64_t t1, int64_t which, int64_t width, int64_t ld,
-                   int64_t rows) const {
-    load_tile(dst, ld, v, row * v.stride[0] + t0 * v.stride[1] + which * v.stride[2], t1 - t0, v.stride[1], width, v.stride[3]);
+  void load_tokens(R* dst, const View& v, int64_t row, int64_t t0, int64_t t1, int64_t which, int64_t width,
+                   int64_t ld, int64_t rows) const {
+    load_tile(dst, ld, v, row * v.stride[0] + t0 * v.stride[1] + which * v.stride[2], t1 - t0, v.stride[1],
+              width, v.stride[3]);
     const int64_t done = (width + kWidth<R> - 1) / kWidth<R> * kWidth<R>;
     for (int64_t t = 0; done < ld && t < t1 - t0; ++t)
       for (int64_t i = done; i < ld; ++i) dst[t * ld + i] = 0;
     for (int64_t i = (t1 - t0) * ld; i < rows * ld; ++i) dst[i] = 0;
   }
-  void store_tokens(const View& v, int64_t row, int64_t t0, int64_t t1, int64_t head, int64_t width, const R* src) const {
-    store_tile(v, row * v.stride[0] + t0 * v.stride[1] + (head0 + head) * v.stride[2], t1 - t0, v.stride[1], width, v.stride[3],
-               src, ldp);
+  void store_tokens(const View& v, int64_t row, int64_t t0, int64_t t1, int64_t head, int64_t width,
+                    const R* src) const {
+    store_tile(v, row * v.stride[0] + t0 * v.stride[1] + (head0 + head) * v.stride[2], t1 - t0, v.stride[1],
+               width, v.stride[3], src, ldp);
   }
 
-  void prefetch_tokens(const View& v, int64_t row, int64_t t0, int64_t t1, int64_t head, int64_t width) const {
-    prefetch_tile(v, row * v.stride[0] + t0 * v.stride[1] + (head0 + head) * v.stride[2], t1 - t0, v.stride[1], width, v.stride[3],
-                  0, 1);
+  void prefetch_tokens(const View& v, int64_t row, int64_t t0, int64_t t1, int64_t head,
+                       int64_t width) const {
+    prefetch_tile(v, row * v.stride[0] + t0 * v.stride[1] + (head0 + head) * v.stride[2], t1 - t0,
+                  v.stride[1], width, v.stride[3], 0, 1);
   }
 
   // The steps of one head for the len tokens of the chunk.

@@ -1,5 +1,5 @@
-// Tiles: a rectangle of a strided tensor as a contiguous matrix of the arithmetic type, columns padded with zeros to
-// whole vectors. Rows are tokens and columns channels everywhere, whatever the layout of the tensor.
+// Tiles: a rectangle of a strided tensor as a contiguous matrix of the arithmetic type, columns padded with
+// zeros to whole vectors. Rows are tokens and columns channels everywhere, whatever the layout of the tensor.
 #pragma once
 #include "kernels/cpu/simd.h"
 
@@ -30,7 +30,8 @@ MAMBA_INLINE void transpose(Vec<R>* r) {
 
 // Out-of-place transpose of a (rows, cols) matrix; both sides padded to whole vectors.
 template <class R>
-MAMBA_INLINE void transpose(R* dst, int64_t dst_ld, const R* src, int64_t src_ld, int64_t rows, int64_t cols) {
+MAMBA_INLINE void transpose(R* dst, int64_t dst_ld, const R* src, int64_t src_ld, int64_t rows,
+                            int64_t cols) {
   constexpr int w = kWidth<R>;
   for (int64_t i = 0; i < rows; i += w)
     for (int64_t j = 0; j < cols; j += w) {
@@ -43,11 +44,11 @@ MAMBA_INLINE void transpose(R* dst, int64_t dst_ld, const R* src, int64_t src_ld
 
 inline constexpr int64_t kMaxTileRows = 256;
 
-// dst[i * ld + j] = src(i, j) for i < rows <= kMaxTileRows, j < cols; columns up to the next whole vector become zero.
-// `offset` is the element of src where the tile begins.
+// dst[i * ld + j] = src(i, j) for i < rows <= kMaxTileRows, j < cols; columns up to the next whole vector
+// become zero. `offset` is the element of src where the tile begins.
 template <class R>
-void load_tile(R* dst, int64_t ld, const View& src, int64_t offset, int64_t rows, int64_t row_stride, int64_t cols,
-               int64_t col_stride) {
+void load_tile(R* dst, int64_t ld, const View& src, int64_t offset, int64_t rows, int64_t row_stride,
+               int64_t cols, int64_t col_stride) {
   constexpr int w = kWidth<R>;
   const int64_t width = (cols + w - 1) / w * w;
   with_type(src.dtype, [&]<class T>(T*) {
@@ -92,10 +93,10 @@ void load_tile(R* dst, int64_t ld, const View& src, int64_t offset, int64_t rows
   });
 }
 
-// Asks for share `part` of `parts` of the cache lines of a tile that a later load_tile or store_tile will want: rows of a
-// strided tensor are too short for the hardware to see them coming.
-inline void prefetch_tile(const View& v, int64_t offset, int64_t rows, int64_t row_stride, int64_t cols, int64_t col_stride,
-                          int64_t part, int64_t parts) {
+// Asks for share `part` of `parts` of the cache lines of a tile that a later load_tile or store_tile will
+// want: rows of a strided tensor are too short for the hardware to see them coming.
+inline void prefetch_tile(const View& v, int64_t offset, int64_t rows, int64_t row_stride, int64_t cols,
+                          int64_t col_stride, int64_t part, int64_t parts) {
   if (!v) return;
   const int64_t size = v.dtype == DType::f64 ? 8 : v.dtype == DType::f32 ? 4 : 2;
   if (row_stride == 1) {
@@ -105,13 +106,14 @@ inline void prefetch_tile(const View& v, int64_t offset, int64_t rows, int64_t r
   }
   const char* base = static_cast<const char*>(v.data) + offset * size;
   for (int64_t i = rows * part / parts; i < rows * (part + 1) / parts; ++i)
-    for (int64_t byte = 0; byte < cols * size; byte += 64) __builtin_prefetch(base + i * row_stride * size + byte, 0, 3);
+    for (int64_t byte = 0; byte < cols * size; byte += 64)
+      __builtin_prefetch(base + i * row_stride * size + byte, 0, 3);
 }
 
 // dst(i, j) = src[i * ld + j]; the counterpart of load_tile. src has padded(cols) readable columns.
 template <class R>
-void store_tile(const View& dst, int64_t offset, int64_t rows, int64_t row_stride, int64_t cols, int64_t col_stride,
-                const R* src, int64_t ld) {
+void store_tile(const View& dst, int64_t offset, int64_t rows, int64_t row_stride, int64_t cols,
+                int64_t col_stride, const R* src, int64_t ld) {
   constexpr int w = kWidth<R>;
   with_type(dst.dtype, [&]<class T>(T*) {
     T* to = static_cast<T*>(dst.data) + offset;
@@ -141,11 +143,11 @@ void store_tile(const View& dst, int64_t offset, int64_t rows, int64_t row_strid
   });
 }
 
-// dst(i, j) = sum over g < groups, in order, of partial[g * group_stride + i * ld + j]: the second pass of a reduction.
-// ld >= padded(cols).
+// dst(i, j) = sum over g < groups, in order, of partial[g * group_stride + i * ld + j]: the second pass of a
+// reduction. ld >= padded(cols).
 template <class R>
-void sum_partials(const View& dst, int64_t offset, int64_t rows, int64_t row_stride, int64_t cols, int64_t col_stride,
-                  const R* partial, int64_t ld, int64_t groups, int64_t group_stride) {
+void sum_partials(const View& dst, int64_t offset, int64_t rows, int64_t row_stride, int64_t cols,
+                  int64_t col_stride, const R* partial, int64_t ld, int64_t groups, int64_t group_stride) {
   constexpr int64_t kRows = 16, kCols = 64;
   alignas(64) R sum[kRows * kCols];
   for (int64_t i0 = 0; i0 < rows; i0 += kRows)
