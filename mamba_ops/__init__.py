@@ -6,8 +6,8 @@ try:
     from . import _C
 except ImportError as error:
     raise ImportError(
-        f"mamba_ops is not built in {__path__[0]} ({error}). From a checkout: pip install -e . ; an installed "
-        "mamba_ops is found when Python runs outside the checkout"
+        f"mamba_ops is not built in {__path__[0]} ({error}). In a checkout: pip install -e . ; an installed "
+        "mamba_ops is found where Python runs outside the checkout"
     ) from error
 from . import reference
 from .causal_conv1d import causal_conv1d

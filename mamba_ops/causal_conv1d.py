@@ -38,7 +38,7 @@ def causal_conv1d(
         seq_idx: (b, l) integers; taps reach only tokens in an unbroken stretch of the same id. The initial
             state enters the first stretch of a row, the final state is that of the last one.
         cu_seqlens: (s + 1) offsets from 0 to l of s sequences packed in one row (b = 1), each with states
-            of its own.
+            of its own. On a GPU they are not read by the host: with bad ones every output is NaN.
         return_final_state: also return the last w - 1 inputs of each row or packed sequence.
 
     Returns:

@@ -26,26 +26,31 @@ struct Right {
   MAMBA_INLINE static Vec<R> add(Vec<R> sum, R left, Vec<R> right) { return sum + left * right; }
 };
 
-// What the operands of (rows, k) and (k, cols) take of the scratch, in values of R.
+// What operands take of the scratch, in values of R: rows of k terms; k rows of ld columns; the latter turned
+// from rows.
 template <class R, class T>
 constexpr int64_t left_size(int64_t rows, int64_t k) {
-  return __is_same(R, T) ? 0 : rows * padded(k) / 2;
+  return __is_same(R, T) ? 0 : rows * padded(k) / 2 + kPad;
 }
 template <class R, class T>
 constexpr int64_t right_size(int64_t k, int64_t ld) {
   return __is_same(R, T) ? 0 : padded(k) * ld / 2;
 }
+template <class R, class T>
+constexpr int64_t turned_size(int64_t k, int64_t ld) {
+  return (__is_same(R, T) ? padded(k) : padded(padded(k) / 2)) * ld;
+}
 
 #if defined(__AVX512BF16__)
-// Rows of bf16, k in pairs of neighbours.
+// bf16 in pairs of neighbours along k.
 template <>
 struct Left<float, bf16> {
   const bf16* p;
-  int64_t row;
+  int64_t row, col;
 
   MAMBA_INLINE __m512bh at(int64_t i, int64_t k) const {
     int32_t pair;
-    std::memcpy(&pair, p + i * row + k, 4);
+    std::memcpy(&pair, p + i * row + k * col, 4);
     return (__m512bh)_mm512_set1_epi32(pair);
   }
 };
@@ -81,18 +86,7 @@ MAMBA_INLINE Left<R, T> left_of(R* buffer, const R* src, int64_t ld, int64_t row
         store_as<R>(to + i * padded(terms) + k, load<R>(src + i * ld + k));
       if (terms % 2) to[i * padded(terms) + terms] = {0};
     }
-    return {to, padded(terms)};
-  }
-}
-// left(i, k) = src[k * ld + i]. `turned` holds (padded rows, padded terms).
-template <class R, class T>
-MAMBA_INLINE Left<R, T> left_of_transposed(R* buffer, R* turned, const R* src, int64_t ld, int64_t rows,
-                                           int64_t terms) {
-  if constexpr (__is_same(R, T)) {
-    return {src, 1, ld};
-  } else {
-    transpose(turned, padded(terms), src, ld, terms, rows);
-    return left_of<R, T>(buffer, turned, padded(terms), rows, terms);
+    return {to, padded(terms), 1};
   }
 }
 // right(k, v) = src[k * ld + v], for k < terms and v < ld.
@@ -111,6 +105,26 @@ MAMBA_INLINE Right<R, T> right_of(R* buffer, const R* src, int64_t ld, int64_t t
       }
     return {to, ld};
 #endif
+  }
+}
+// left(i, k) = src[k * ld + i], for k < terms and i < ld.
+template <class R, class T>
+MAMBA_INLINE Left<R, T> left_of_transposed(R* buffer, const R* src, int64_t ld, int64_t terms) {
+  if constexpr (__is_same(R, T))
+    return {src, 1, ld};
+  else  // pairs of rows interleaved are pairs along k
+    return {right_of<R, T>(buffer, src, ld, terms).p, 2, ld};
+}
+// right(k, v) = left(v, k), for k < terms and v < rows, a multiple of the vector width.
+template <class R, class T>
+MAMBA_INLINE Right<R, T> right_of_transposed(R* turned, Left<R, T> left, int64_t rows, int64_t terms) {
+  const int64_t ld = padded(rows);
+  if constexpr (__is_same(R, T)) {
+    transpose(turned, ld, left.p, left.row, rows, padded(terms));
+    return {turned, ld};
+  } else {  // pairs move as one
+    transpose(turned, ld, reinterpret_cast<const R*>(left.p), left.row / 2, rows, padded(padded(terms) / 2));
+    return {reinterpret_cast<const T*>(turned), ld};
   }
 }
 

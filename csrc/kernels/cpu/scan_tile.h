@@ -135,10 +135,6 @@ struct ScanUnit {
       load_tile(dst + part * padded(dims.n), planes, v,
                 row * v.stride[0] + group * v.stride[1] + t0 * v.stride[3] + part, t1 - t0, v.stride[3],
                 dims.n, v.stride[2]);
-    const int64_t done = (dims.n + kWidth<R> - 1) / kWidth<R> * kWidth<R>;
-    for (int64_t part = 0; part < dims.parts(); ++part)
-      for (int64_t t = 0; t < t1 - t0; ++t)
-        for (int64_t i = done; i < padded(dims.n); ++i) dst[t * planes + part * padded(dims.n) + i] = 0;
   }
 
   // delta <- the step sizes of tokens [t0, t1), delta_u <- delta u, y <- D u; raw (if given) <- before

@@ -24,15 +24,14 @@ struct SsdBackward {
   R* states;                   // (kSsdSpan, heads, p, ldn): H before every chunk of the span
   R* starts;                   // (spans, heads, p, ldn): H before every span of the piece
   R *x, *X, *go, *z, *dX, *w;  // (q, ldp)
-  R* XT;                       // (ldp, ldq)
-  R* swapped;                  // (ldn, ldp): G or H transposed
+  R *XT, *swapped;             // room for X, and G or H, turned into right factors
   R *M, *dM, *dCB;             // (q, ldq)
   R *dB, *dC;                  // (q, ldn)
   R *r, *k, *da, *ddelta;      // (ldq)
   R *lanes_r, *lanes_k;        // (q, kWidth): C_i . chi_i and B_j . beta_j before the sum over lanes
   R* below;                    // (ldq): column sums of W over the rows seen so far
   R *dA, *dbias, *dD;          // (heads), (heads), (heads, ldp)
-  R *left, *right, *turned;    // room for factors
+  R *left, *right;             // room for factors
   R *packed_go, *packed_X;     // (q, ldp) as left factors
   R *packed_B, *packed_C;      // (q, ldn) as right factors
   int64_t state_size;          // of one head
@@ -44,8 +43,8 @@ struct SsdBackward {
     states = arena.take(kSsdSpan * all);
     starts = arena.take(spans * all);
     for (R** tile : {&x, &X, &go, &z, &dX, &w}) *tile = arena.take(unit.ldq * unit.ldp);
-    XT = arena.take(unit.ldp * unit.ldq);
-    swapped = arena.take(unit.ldn * unit.ldp);
+    XT = arena.take(turned_size<R, T>(unit.ldp, unit.ldq));
+    swapped = arena.take(turned_size<R, T>(unit.ldn, unit.ldp));
     for (R** pairs : {&M, &dM, &dCB}) *pairs = arena.take(unit.ldq * unit.ldq);
     for (R** tile : {&dB, &dC}) *tile = arena.take(unit.ldq * unit.ldn);
     for (R** row : {&r, &k, &da, &ddelta, &below}) *row = arena.take(unit.ldq);
@@ -53,9 +52,8 @@ struct SsdBackward {
     for (R** sum : {&dA, &dbias}) *sum = arena.take(dims.heads);
     dD = arena.take(dims.heads * unit.ldp);
     const int64_t tall = unit.ldq > unit.ldp ? unit.ldq : unit.ldp, most = unit.ldn > tall ? unit.ldn : tall;
-    left = arena.take(left_size<R, T>(tall, unit.ldq));
+    left = arena.take(left_size<R, T>(tall, most));
     right = arena.take(right_size<R, T>(most, most));
-    turned = arena.take(2 * left_size<R, T>(tall, unit.ldq));
     for (R** packed : {&packed_go, &packed_X}) *packed = arena.take(left_size<R, T>(unit.ldq, unit.ldp));
     for (R** packed : {&packed_B, &packed_C}) *packed = arena.take(right_size<R, T>(unit.ldq, unit.ldn));
   }
@@ -86,7 +84,7 @@ struct SsdBackward {
       for (int64_t v = 0; v < ldp; v += kWidth<R>)
         store<R>(w + t * ldp + v, weight[t] * load<R>(rows + t * ldp + v));
     gemm<false>(
-        left_of_transposed<R, T>(left, turned, w, ldp, dims.p, len), columns, dims.p, ldn,
+        left_of_transposed<R, T>(left, w, ldp, len), columns, dims.p, ldn,
         [&](int64_t, int64_t) { return Terms{0, len}; },
         [&](int64_t i, int64_t v) { return Vec<R>(unit.steps.decay * load<R>(from + i * ldn + v)); },
         [&](int64_t i, int64_t v, Vec<R> sum) { store<R>(to + i * ldn + v, sum); });
@@ -179,18 +177,17 @@ struct SsdBackward {
       for (const View* next : {&p.fwd.x, &p.fwd.z, &p.dy})
         unit.prefetch_tokens(*next, piece.row, t0, t1, head + 1, dims.p);
     const Left<R, T> left_go = left_of<R, T>(packed_go, go, ldp, len, dims.p);
-    const Left<R, T> left_X = left_of<R, T>(packed_X, X, ldp, len, dims.p);
-    transpose(XT, ldq, X, ldp, cols, ldp);
-    gemm<true>(left_go, right_of<R, T>(right, XT, ldq, dims.p), len, cols, over_p, zero,
+    const Left<R, T> left_X = left_of<R, T>(packed_X, X, ldp, cols, dims.p);
+    gemm<true>(left_go, right_of_transposed<R, T>(XT, left_X, cols, dims.p), len, cols, over_p, zero,
                [&](int64_t i, int64_t v, Vec<R> sum) { store<R>(dM + i * ldq + v, sum); });
     pair_gradients(len);
 
-    transpose(swapped, ldp, after, ldn, ldp, ldn);
-    gemm<false>(unit.left_B, right_of<R, T>(right, swapped, ldp, dims.n), len, ldp, over_n, zero,
+    const Left<R, T> left_G = left_of<R, T>(left, after, ldn, ldp, dims.n);
+    gemm<false>(unit.left_B, right_of_transposed<R, T>(swapped, left_G, ldp, dims.n), len, ldp, over_n, zero,
                 [&](int64_t j, int64_t v, Vec<R> sum) { store<R>(dX + j * ldp + v, s.to_end[j] * sum); });
     gemm<false>(
-        left_of_transposed<R, T>(left, turned, M, ldq, len, len), right_of<R, T>(right, go, ldp, len), len,
-        ldp, from_row, [&](int64_t j, int64_t v) { return load<R>(dX + j * ldp + v); },
+        left_of_transposed<R, T>(left, M, ldq, len), right_of<R, T>(right, go, ldp, len), len, ldp, from_row,
+        [&](int64_t j, int64_t v) { return load<R>(dX + j * ldp + v); },
         [&](int64_t j, int64_t v, Vec<R> sum) { store<R>(dX + j * ldp + v, sum); });
 
     for (int64_t i = 0; i < len * kWidth<R>; i += kWidth<R>) {
@@ -247,9 +244,9 @@ struct SsdBackward {
     store_step_gradients(p, piece.row, t0, t1, head);
 
     if (p.fwd.z) {  // dz = dy o silu'(z), with o run again
-      transpose(swapped, ldp, before, ldn, ldp, ldn);
+      const Left<R, T> left_H = left_of<R, T>(left, before, ldn, ldp, dims.n);
       gemm<false>(
-          unit.left_C, right_of<R, T>(right, swapped, ldp, dims.n), len, ldp, over_n, zero,
+          unit.left_C, right_of_transposed<R, T>(swapped, left_H, ldp, dims.n), len, ldp, over_n, zero,
           [&](int64_t i, int64_t v, Vec<R> sum) { store<R>(w + i * ldp + v, s.from_start[i] * sum); });
       gemm<false>(
           left_of<R, T>(left, M, ldq, len, len), right_of<R, T>(right, X, ldp, len), len, ldp, to_row,
@@ -289,7 +286,7 @@ struct SsdBackward {
     const int64_t len = t1 - t0, ldq = unit.ldq, ldn = unit.ldn;
     R* out = static_cast<R*>(p.partial_BC) + ((unit.block * dims.b + row) * dims.l + t0) * 2 * ldn;
     gemm<false>(
-        left_of_transposed<R, T>(left, turned, dCB, ldq, len, len), right_C, len, ldn,
+        left_of_transposed<R, T>(left, dCB, ldq, len), right_C, len, ldn,
         [&](int64_t j0, int64_t) { return Terms{j0, len}; },
         [&](int64_t j, int64_t v) { return load<R>(dB + j * ldn + v); },
         [&](int64_t j, int64_t v, Vec<R> sum) { store<R>(out + j * 2 * ldn + v, sum); });

@@ -15,10 +15,10 @@ namespace mamba_ops::MAMBA_ISA {
 template <class R, class T>
 struct SsdForward {
   SsdUnit<R, T> unit;
-  R* H;                                  // (heads, n, ldp)
-  R* M;                                  // (q, ldq)
-  R *x, *w, *y;                          // (q, ldp): inputs, weighted inputs, outputs
-  R *left, *right, *turned, *packed_Bt;  // room for factors
+  R* H;                         // (heads, n, ldp)
+  R* M;                         // (q, ldq)
+  R *x, *w, *y;                 // (q, ldp): inputs, weighted inputs, outputs
+  R *left, *right, *packed_Bt;  // room for factors
 
   SsdForward(const SsdDims& dims, Arena<R>& arena) : unit(dims, arena) {
     H = arena.take(dims.heads * dims.n * unit.ldp);
@@ -26,8 +26,7 @@ struct SsdForward {
     for (R** tile : {&x, &w, &y}) *tile = arena.take(unit.ldq * unit.ldp);
     left = arena.take(left_size<R, T>(unit.ldq, unit.ldq));
     right = arena.take(right_size<R, T>(unit.ldn > unit.ldq ? unit.ldn : unit.ldq, unit.ldp));
-    turned = arena.take(2 * left_size<R, T>(unit.ldn, unit.ldq));
-    packed_Bt = arena.take(left_size<R, T>(unit.ldn, unit.ldq));
+    packed_Bt = arena.take(right_size<R, T>(unit.ldq, unit.ldn));
   }
 
   void load_states(const SsdFwd& p, int64_t row) {
@@ -116,8 +115,7 @@ void ssd_fwd(const SsdFwd& p, int64_t unit_begin, int64_t unit_end, void* scratc
       for (int64_t t0 = piece.begin; t0 < piece.end; t0 += dims.q) {
         const int64_t t1 = t0 + dims.q < piece.end ? t0 + dims.q : piece.end;
         unit.load_chunk(p, piece.row, t0, t1, bool(p.y));
-        const auto left_Bt =
-            left_of_transposed<R, T>(work.packed_Bt, work.turned, unit.B, unit.ldn, dims.n, t1 - t0);
+        const auto left_Bt = left_of_transposed<R, T>(work.packed_Bt, unit.B, unit.ldn, t1 - t0);
         for (int64_t head = 0; head < unit.heads; ++head) {
           unit.make_steps(p, head, t1 - t0);
           unit.load_tokens(work.x, p.x, piece.row, t0, t1, unit.head0 + head, dims.p, unit.ldp, 0);

@@ -29,13 +29,13 @@ struct SsdUnit {
   int64_t pieces, block;  // group of pieces; block of heads
   int64_t head0, heads, group_B, group_C;
   int64_t ldq, ldp, ldn;
-  R *B, *C;  // (q, ldn)
-  R* CB;     // (q, ldq): C_i . B_j for j <= i; blocks above the diagonal are not written
-  R* BT;     // (ldn, ldq)
-  R *packed_B, *packed_C, *packed_BT;  // as factors of products
-  Left<R, T> left_B, left_C;           // rows are tokens
-  R* dt;                               // (heads, ldq)
-  R* D;                                // (heads, ldp)
+  R *B, *C;                   // (q, ldn)
+  R* CB;                      // (q, ldq): C_i . B_j for j <= i; blocks above the diagonal are not written
+  R* BT;                      // (ldn, ldq)
+  R *packed_B, *packed_C;     // room for B and C as left factors
+  Left<R, T> left_B, left_C;  // rows are tokens
+  R* dt;                      // (heads, ldq)
+  R* D;                       // (heads, ldp)
   SsdSteps<R> steps;
 
   SsdUnit(const SsdDims& dims, Arena<R>& arena)
@@ -43,9 +43,8 @@ struct SsdUnit {
     B = arena.take(ldq * ldn);
     C = arena.take(ldq * ldn);
     CB = arena.take(dims.q * ldq);
-    BT = arena.take(ldn * ldq);
+    BT = arena.take(turned_size<R, T>(ldn, ldq));
     for (R** packed : {&packed_B, &packed_C}) *packed = arena.take(left_size<R, T>(ldq, ldn));
-    packed_BT = arena.take(right_size<R, T>(ldn, ldq));
     dt = arena.take(padded(dims.heads) * ldq);
     D = arena.take(dims.heads * ldp);
     for (R** row : {&steps.raw, &steps.delta, &steps.s, &steps.from_start, &steps.to_end})
@@ -89,11 +88,10 @@ struct SsdUnit {
     load_tile(dt, ldq, p.dt, row * p.dt.stride[0] + t0 * p.dt.stride[1] + head0 * p.dt.stride[2], heads,
               p.dt.stride[2], len, p.dt.stride[1]);
     if (!products) return;
-    left_B = left_of<R, T>(packed_B, B, ldn, len, dims.n);
+    left_B = left_of<R, T>(packed_B, B, ldn, cols, dims.n);
     left_C = left_of<R, T>(packed_C, C, ldn, len, dims.n);
-    transpose(BT, ldq, B, ldn, cols, ldn);
     gemm<true>(
-        left_C, right_of<R, T>(packed_BT, BT, ldq, dims.n), len, cols,
+        left_C, right_of_transposed<R, T>(BT, left_B, cols, dims.n), len, cols,
         [&](int64_t, int64_t) { return Terms{0, dims.n}; }, [](int64_t, int64_t) { return Vec<R>{}; },
         [&](int64_t i, int64_t v, Vec<R> sum) { store<R>(CB + i * ldq + v, sum); });
   }
@@ -102,9 +100,6 @@ struct SsdUnit {
                    int64_t ld, int64_t rows) const {
     load_tile(dst, ld, v, row * v.stride[0] + t0 * v.stride[1] + which * v.stride[2], t1 - t0, v.stride[1],
               width, v.stride[3]);
-    const int64_t done = (width + kWidth<R> - 1) / kWidth<R> * kWidth<R>;
-    for (int64_t t = 0; done < ld && t < t1 - t0; ++t)
-      for (int64_t i = done; i < ld; ++i) dst[t * ld + i] = 0;
     for (int64_t i = (t1 - t0) * ld; i < rows * ld; ++i) dst[i] = 0;
   }
   void store_tokens(const View& v, int64_t row, int64_t t0, int64_t t1, int64_t head, int64_t width,

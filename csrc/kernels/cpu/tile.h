@@ -44,13 +44,13 @@ MAMBA_INLINE void transpose(R* dst, int64_t dst_ld, const R* src, int64_t src_ld
 
 inline constexpr int64_t kMaxTileRows = 256;
 
-// dst[i * ld + j] = src(i, j) for i < rows <= kMaxTileRows, j < cols; columns up to the next whole vector
+// dst[i * ld + j] = src(i, j) for i < rows <= kMaxTileRows, j < cols; columns up to padded(cols)
 // become zero. `offset` is the element of src where the tile begins.
 template <class R>
 void load_tile(R* dst, int64_t ld, const View& src, int64_t offset, int64_t rows, int64_t row_stride,
                int64_t cols, int64_t col_stride) {
   constexpr int w = kWidth<R>;
-  const int64_t width = (cols + w - 1) / w * w;
+  const int64_t width = padded(cols);
   with_type(src.dtype, [&]<class T>(T*) {
     const T* from = static_cast<const T*>(src.data) + offset;
     if (row_stride == 1 && col_stride != 1 && rows >= w / 2) {  // tokens are contiguous: transpose
@@ -78,10 +78,11 @@ void load_tile(R* dst, int64_t ld, const View& src, int64_t offset, int64_t rows
       for (int64_t i = 0; i < rows; ++i, from += row_stride) {
         R* to = dst + i * ld;
         for (int64_t j = 0; j < whole; j += w) store<R>(to + j, load_as<R>(from + j));
-        if (whole == cols) continue;
+        if (whole == width) continue;
         Vec<R> rest = {};
         for (int64_t j = whole; j < cols; ++j) rest[j - whole] = to_real<R>(from[j]);
         store<R>(to + whole, rest);
+        for (int64_t j = whole + w; j < width; j += w) store<R>(to + j, Vec<R>{});
       }
       return;
     }
