@@ -28,13 +28,13 @@ class Settings:
 
     layer: str = "mamba2"
     data: str | None = None
-    d_model: int = 256
-    layers: int = 4
+    d_model: int = 384
+    layers: int = 3
     row: int = 256
     batch: int = 8
-    lr: float = 4e-3
+    lr: float = 3e-3
     seed: int = 0
-    precision: str = "auto"
+    precision: str = "float32"
     steps: int | None = None
     minutes: float | None = None
 
@@ -47,7 +47,7 @@ class Trainer:
         self.settings = settings
         self.text = text
         self.model = model
-        self.dtype = _precision(settings.precision)
+        self.dtype = {"bfloat16": torch.bfloat16, "float32": torch.float32}[settings.precision]
         self.train_text = corpus.as_tensor(text.train)
         self.held_out_text = corpus.as_tensor(text.held_out)
         decayed = [p for p in model.parameters() if p.dim() > 1 and not hasattr(p, "_no_weight_decay")]
@@ -97,7 +97,7 @@ class Trainer:
                 shown = self.seconds
                 bits = self._note(losses)
                 speed = (self.step - first_step) * self._step_bytes / (self.seconds - first_second)
-                left = int(self._seconds_left())
+                left = max(int(self._seconds_left()), 0)
                 bar.set_description_str(
                     f"step {self.step}, {bits:.3f} bits/byte, {speed / 1e3:.1f}k tokens/s, "
                     f"{left // 60}:{left % 60:02} left{self._held_out_note()}",
@@ -233,13 +233,6 @@ def _schedule(progress: float) -> float:
     if progress < warm_up:
         return (progress + 0.002) / (warm_up + 0.002)
     return 0.02 + 0.98 * (1 + math.cos(math.pi * (progress - warm_up) / (1 - warm_up))) / 2
-
-
-def _precision(name: str) -> torch.dtype:
-    if name == "auto":
-        able: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
-        name = "bfloat16" if able.get("avx512_bf16") or able.get("amx_bf16") else "float32"
-    return {"bfloat16": torch.bfloat16, "float32": torch.float32}[name]
 
 
 def _bar(done: float) -> Any:
