@@ -2,13 +2,20 @@
 
 import os
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
 from mamba_ops import _C
 
-BINARIES = sorted(Path(__file__).parents[1].glob("build/**/mamba_ops_tests"))
+BUILD = Path(__file__).parents[1] / "build"
+# That of this Python's build; else of any, kernels alone (MAMBA_OPS_TORCH=OFF) included.
+BINARIES = [
+    path
+    for folder in (str(sys.implementation.cache_tag), "**")
+    for path in sorted(BUILD.glob(f"{folder}/tests/cpp/mamba_ops_tests"))
+]
 
 
 def listed(binary: Path) -> list[str]:

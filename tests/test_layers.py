@@ -341,7 +341,8 @@ def test_mamba_as_in_transformers(bias: bool) -> None:
 
 @pytest.mark.parametrize("limit", [(0.0, math.inf), (0.02, 0.05)])
 def test_mamba2_as_in_transformers(limit: tuple[float, float]) -> None:
-    transformers = pytest.importorskip("transformers")
+    # 5.17 gives other results here, with several groups; 5.23 agrees.
+    transformers = pytest.importorskip("transformers", minversion="5.23")
     from transformers.models.mamba2.modeling_mamba2 import Mamba2Mixer
 
     config = transformers.Mamba2Config(

@@ -1,0 +1,3 @@
+// main() where Catch2 is version 2, a header alone.
+#define CATCH_CONFIG_MAIN
+#include <catch2/catch.hpp>
