@@ -95,6 +95,8 @@ Plan plan(const std::string& op, const std::string& device, const std::string& d
                  .dt_max = 0};
     const Segments segments(runs_of_rows(b, l), dims);
     describe(plan, segments, segments.list().view().groups * dims.head_blocks());
+    const bool narrow = dtype == "bfloat16" && std::string(cpu().name) == "avx512bf16";
+    plan["products"] = narrow ? "bfloat16" : plan["arithmetic"];
     plan["chunk_size"] = std::to_string(dims.q);
     plan["heads_per_unit"] = std::to_string(dims.heads);
   }

@@ -137,7 +137,6 @@ PieceList join_states(const SsdCall& call, SsdFwd& params, const Tensor& enterin
                                      entering.numel() / segments.count(), params.states_in, false);
   combine<R>(first, entering, ends, false);
   params.states_in = entering.data_ptr();
-  params.pieces = joined.view();
   return joined;
 }
 
