@@ -69,8 +69,8 @@ struct Right<float, bf16> {
   }
 };
 MAMBA_INLINE IntVec<float> bf16_bits(Vec<float> v) {  // in the high half, rounded to nearest
-  const IntVec<float> bits = (IntVec<float>)v;
-  return v != v ? IntVec<float>{} + 0x7fc00000 : (bits + 0x7fff + ((bits >> 16) & 1)) & ~0xffff;
+  const WordVec bits = (WordVec)v;
+  return (IntVec<float>)(v != v ? WordVec{} + 0x7fc00000 : (bits + 0x7fff + ((bits >> 16) & 1)) & 0xffff0000);
 }
 #endif
 

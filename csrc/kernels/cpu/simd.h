@@ -46,6 +46,8 @@ template <class R>
 using Vec = typename Traits<R>::Vec;
 template <class R>
 using IntVec = typename Traits<R>::Int;
+typedef uint32_t WordVec
+    __attribute__((vector_size(kVecBytes)));  // the bits of Vec<float>: sums may wrap around
 template <class R>
 inline constexpr int kWidth = kVecBytes / int(sizeof(R));
 
@@ -304,10 +306,10 @@ MAMBA_INLINE void store_as(T* p, Vec<R> v) {
   if constexpr (__is_same(R, T)) {
     store<R>(p, v);
   } else if constexpr (__is_same(R, float) && __is_same(T, bf16)) {
-    const IntVec<float> bits = (IntVec<float>)v;
-    const IntVec<float> rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
+    const WordVec bits = (WordVec)v;
+    const WordVec rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
     *reinterpret_cast<HalfWords*>(p) =
-        __builtin_convertvector(v != v ? IntVec<float>{} + 0x7fc0 : rounded, HalfWords);
+        __builtin_convertvector(v != v ? WordVec{} + 0x7fc0 : rounded, HalfWords);
 #if defined(__AVX512F__)
   } else if constexpr (__is_same(R, float) && __is_same(T, f16)) {
     _mm256_storeu_si256((__m256i*)p, _mm512_cvtps_ph((__m512)v, _MM_FROUND_TO_NEAREST_INT));
