@@ -127,7 +127,6 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> causal_conv1d_bwd(Tensor dy, OptTenso
   Tensor dx = torch::stable::empty_like(x), dweight = torch::stable::empty_like(weight);
   Tensor dbias = bias ? torch::stable::empty_like(*bias) : none(x);
   Tensor dinitial = initial_state ? torch::stable::empty_like(*initial_state) : none(x);
-  // Rows that no token reaches (an empty sequence between others keeps its row: it is a piece of its own).
   ConvBwd params{.fwd = call.params,
                  .dy = view(dy),
                  .dx = view(dx),

@@ -186,8 +186,5 @@ std::vector<Run> sequences(const Checker& check, int64_t b, int64_t l, const Opt
 Tensor empty(std::initializer_list<int64_t> sizes, ScalarType type, const Tensor& device_of) {
   return torch::stable::new_empty(device_of, sizes, type);
 }
-Tensor zeros(std::initializer_list<int64_t> sizes, ScalarType type, const Tensor& device_of) {
-  return torch::stable::new_zeros(device_of, sizes, type);
-}
 
 }  // namespace mamba_ops

@@ -70,7 +70,6 @@ int64_t check_sequences(const Checker& check, int64_t b, int64_t l, const OptTen
                         const OptTensor& cu_seqlens);
 
 Tensor empty(std::initializer_list<int64_t> sizes, ScalarType type, const Tensor& device_of);
-Tensor zeros(std::initializer_list<int64_t> sizes, ScalarType type, const Tensor& device_of);
 // 0 elements: stands for an output that was not asked for.
 inline Tensor none(const Tensor& like) { return empty({0}, like.scalar_type(), like); }
 

@@ -85,9 +85,9 @@ struct ScanCall {
     params.pieces = segments->list().view();
   }
 
-  // (rows, d, n, parts) of the arithmetic type.
-  Tensor rows_of_states(const Tensor& device_of, int64_t rows) const {
-    return empty({rows, params.dims.d, params.dims.n, params.dims.parts()}, arithmetic, device_of);
+  Tensor rows_of_states(const Tensor& device_of) const {
+    return empty({segments->count(), params.dims.d, params.dims.n, params.dims.parts()}, arithmetic,
+                 device_of);
   }
 };
 
@@ -122,8 +122,7 @@ template <class R>
 void forward(const ScanCall& call, ScanFwd params, const Tensor& u) {
   const Segments& segments = *call.segments;
   if (!segments.split()) return run<R>(params);
-  const Tensor entering = call.rows_of_states(u, segments.count()),
-               ends = call.rows_of_states(u, segments.count());
+  const Tensor entering = call.rows_of_states(u), ends = call.rows_of_states(u);
   const Tensor sums = empty({segments.count(), params.dims.d}, call.arithmetic, u);
   const PieceList alone = segments.alone(false);
   ScanFwd first = params;
@@ -146,8 +145,7 @@ template <class R>
 void backward(const ScanCall& call, ScanBwd params, const Tensor& u) {
   const Segments& segments = *call.segments;
   if (!segments.split()) return run<R>(params);
-  const Tensor entering = call.rows_of_states(u, segments.count()),
-               ends = call.rows_of_states(u, segments.count());
+  const Tensor entering = call.rows_of_states(u), ends = call.rows_of_states(u);
   const Tensor sums = empty({segments.count(), params.fwd.dims.d}, call.arithmetic, u);
   const PieceList alone = segments.alone(true);
   ScanBwd first = params;

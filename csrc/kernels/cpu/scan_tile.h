@@ -53,7 +53,7 @@ struct ScanUnit {
     channels = end - c0 < kScanChannels ? end - c0 : kScanChannels;
     group_B = c0 / (dims.d / dims.groups_B);
     group_C = c0 / (dims.d / dims.groups_C);
-    width = (channels + kWidth<R> - 1) / kWidth<R> * kWidth<R>;
+    width = whole_vectors<R>(channels);
     load_parameter(A, dims, p.A);
     for (int64_t i = 0; i < dims.n * kScanLd; ++i) A[i] *= kLog2e<R>;
     if (dims.constant_B) load_parameter(B, dims, p.B);

@@ -23,12 +23,7 @@ MAMBA_INLINE Vec<R> pack_sums(Vec<R>* v) {
   if constexpr (kCount == 1) {
     return v[0];
   } else {
-    constexpr int w = kWidth<R>;
-    IntVec<R> low, high;
-    for (int j = 0; j < w; ++j) {
-      low[j] = j & kBlockSize ? j - kBlockSize + w : j;
-      high[j] = j & kBlockSize ? j + w : j + kBlockSize;
-    }
+    const auto [low, high] = swap_masks<kBlockSize, R>();
     for (int i = 0; i < kCount / 2; ++i)
       v[i] =
           __builtin_shuffle(v[i], v[i + kCount / 2], low) + __builtin_shuffle(v[i], v[i + kCount / 2], high);

@@ -52,6 +52,11 @@ template <class R>
 inline constexpr int kWidth = kVecBytes / int(sizeof(R));
 
 template <class R>
+MAMBA_INLINE constexpr int64_t whole_vectors(int64_t n) {  // n rounded up
+  return (n + kWidth<R> - 1) / kWidth<R> * kWidth<R>;
+}
+
+template <class R>
 MAMBA_INLINE Vec<R> load(const R* p) {
   return *reinterpret_cast<const Vec<R>*>(p);
 }

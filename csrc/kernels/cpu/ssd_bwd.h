@@ -27,7 +27,7 @@ struct SsdBackward {
   R *XT, *swapped;             // room for X, and G or H, turned into right factors
   R *M, *dM, *dCB;             // (q, ldq)
   R *dB, *dC;                  // (q, ldn)
-  R *r, *k, *da, *ddelta;      // (ldq)
+  R *da, *ddelta;              // (ldq)
   R *lanes_r, *lanes_k;        // (q, kWidth): C_i . chi_i and B_j . beta_j before the sum over lanes
   R* below;                    // (ldq): column sums of W over the rows seen so far
   R *dA, *dbias, *dD;          // (heads), (heads), (heads, ldp)
@@ -47,7 +47,7 @@ struct SsdBackward {
     swapped = arena.take(turned_size<R, T>(unit.ldn, unit.ldp));
     for (R** pairs : {&M, &dM, &dCB}) *pairs = arena.take(unit.ldq * unit.ldq);
     for (R** tile : {&dB, &dC}) *tile = arena.take(unit.ldq * unit.ldn);
-    for (R** row : {&r, &k, &da, &ddelta, &below}) *row = arena.take(unit.ldq);
+    for (R** row : {&da, &ddelta, &below}) *row = arena.take(unit.ldq);
     for (R** lanes : {&lanes_r, &lanes_k}) *lanes = arena.take(unit.ldq * kWidth<R>);
     for (R** sum : {&dA, &dbias}) *sum = arena.take(dims.heads);
     dD = arena.take(dims.heads * unit.ldp);
@@ -93,13 +93,12 @@ struct SsdBackward {
   // X = delta x of one head, zero up to a whole vector of tokens.
   void load_X(const SsdFwd& p, int64_t row, int64_t t0, int64_t t1, int64_t head) {
     const int64_t len = t1 - t0, ldp = unit.ldp;
-    unit.load_tokens(x, p.x, row, t0, t1, unit.head0 + head, p.dims.p, ldp,
-                     (len + kWidth<R> - 1) / kWidth<R> * kWidth<R>);
-    for (int64_t t = 0; t < (len + kWidth<R> - 1) / kWidth<R> * kWidth<R>; ++t)
+    unit.load_tokens(x, p.x, row, t0, t1, unit.head0 + head, p.dims.p, ldp, whole_vectors<R>(len));
+    for (int64_t t = 0; t < whole_vectors<R>(len); ++t)
       for (int64_t v = 0; v < ldp; v += kWidth<R>)
         store<R>(X + t * ldp + v, unit.steps.delta[t] * load<R>(x + t * ldp + v));
   }
-  // go = dy silu(z), into `go`; dy stays in dX and z in z.
+  // go = dy silu(z); z stays in `z`.
   void load_go(const SsdBwd& p, int64_t row, int64_t t0, int64_t t1, int64_t head) {
     const SsdDims& dims = p.fwd.dims;
     const int64_t ldp = unit.ldp;
@@ -160,8 +159,7 @@ struct SsdBackward {
                       const R* before, Right<R, T> right_C) {
     const SsdDims& dims = p.fwd.dims;
     const SsdSteps<R>& s = unit.steps;
-    const int64_t len = t1 - t0, cols = (len + kWidth<R> - 1) / kWidth<R> * kWidth<R>, ldp = unit.ldp,
-                  ldq = unit.ldq, ldn = unit.ldn;
+    const int64_t len = t1 - t0, cols = whole_vectors<R>(len), ldp = unit.ldp, ldq = unit.ldq, ldn = unit.ldn;
     R* after = G + head * state_size;
     const R* D = unit.D + head * ldp;
     const auto zero = [](int64_t, int64_t) { return Vec<R>{}; };

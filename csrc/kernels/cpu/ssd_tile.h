@@ -82,7 +82,7 @@ struct SsdUnit {
   // Tokens [t0, t1) of B and C, and dt of all heads; with `products` also C B^T.
   void load_chunk(const SsdFwd& p, int64_t row, int64_t t0, int64_t t1, bool products) {
     const SsdDims& dims = p.dims;
-    const int64_t len = t1 - t0, cols = (len + kWidth<R> - 1) / kWidth<R> * kWidth<R>;
+    const int64_t len = t1 - t0, cols = whole_vectors<R>(len);
     load_tokens(B, p.B, row, t0, t1, group_B, dims.n, ldn, cols);
     load_tokens(C, p.C, row, t0, t1, group_C, dims.n, ldn, cols);
     load_tile(dt, ldq, p.dt, row * p.dt.stride[0] + t0 * p.dt.stride[1] + head0 * p.dt.stride[2], heads,

@@ -5,15 +5,27 @@
 
 namespace mamba_ops::MAMBA_ISA {
 
+// The shuffles of two vectors that swap their off-diagonal blocks of kBlock lanes.
+template <class R>
+struct Masks {
+  IntVec<R> low, high;
+};
+template <int kBlock, class R>
+MAMBA_INLINE Masks<R> swap_masks() {
+  constexpr int w = kWidth<R>;
+  Masks<R> masks;
+  for (int j = 0; j < w; ++j) {
+    masks.low[j] = j & kBlock ? j - kBlock + w : j;
+    masks.high[j] = j & kBlock ? j + w : j + kBlock;
+  }
+  return masks;
+}
+
 // In-place transpose of kWidth x kWidth values in registers: swaps the off-diagonal blocks of every size.
 template <int kBlock, class R>
 MAMBA_INLINE void transpose_step(Vec<R>* r) {
   constexpr int w = kWidth<R>;
-  IntVec<R> low, high;
-  for (int j = 0; j < w; ++j) {
-    low[j] = j & kBlock ? j - kBlock + w : j;
-    high[j] = j & kBlock ? j + w : j + kBlock;
-  }
+  const auto [low, high] = swap_masks<kBlock, R>();
 #pragma GCC unroll 16
   for (int i = 0; i < w; ++i)
     if (!(i & kBlock)) {
