@@ -16,7 +16,6 @@ from ._library import (
 
 _fwd = torch.ops.mamba_ops.selective_scan_fwd.default
 _bwd = torch.ops.mamba_ops.selective_scan_bwd.default
-_CHECKPOINT = 128  # tokens between the states that are kept for the backward: kScanCheckpoint
 
 
 def selective_scan(
@@ -115,7 +114,8 @@ def _(
     real = arithmetic_dtype(u.dtype)
     state = real.to_complex() if A.is_complex() else real
     states = (state_rows(b, cu_seqlens), d, n) if return_final_state else (0,)
-    checkpoints = (b, l // _CHECKPOINT, 2 if A.is_complex() else 1, n, d) if save_checkpoints else (0,)
+    interval = 64 if u.device.type == "cuda" else 128  # kScanCheckpointCuda, kScanCheckpoint
+    checkpoints = (b, l // interval, 2 if A.is_complex() else 1, n, d) if save_checkpoints else (0,)
     return torch.empty_like(u), u.new_empty(states, dtype=state), u.new_empty(checkpoints, dtype=real)
 
 

@@ -6,8 +6,9 @@
 
 namespace mamba_ops {
 
-// The state that enters every token at a multiple of this is kept for the backward.
+// The state that enters every token at a multiple of this is kept for the backward: on the CPU, and on CUDA.
 inline constexpr int64_t kScanCheckpoint = 128;
+inline constexpr int64_t kScanCheckpointCuda = 64;
 inline constexpr int64_t kScanMaxState = 256;
 inline constexpr int64_t kScanChannels = 64;       // of a unit of work
 inline constexpr int64_t kScanReduceTokens = 256;  // of a unit of the second pass of the reductions
@@ -17,6 +18,7 @@ struct ScanDims {
   int64_t groups_B, groups_C;  // of channels; 1 where constant
   bool complex, softplus;
   bool constant_B, constant_C;  // (d, n) instead of (b, g, n, l)
+  int64_t checkpoint = kScanCheckpoint;
 
   int64_t parts() const { return complex ? 2 : 1; }  // real numbers in one state
   int64_t sharing() const {
@@ -36,7 +38,7 @@ struct ScanFwd {
   const void* states_in;
   void* states_out;
   void*
-      checkpoints;   // (b, l / kScanCheckpoint, parts, n, d): states that enter tokens kScanCheckpoint, 2 ...
+      checkpoints;  // (b, l / checkpoint, parts, n, d): states that enter tokens checkpoint, 2 checkpoint ...
   void* delta_sums;  // (pieces, d): sum of delta_t over each piece, for the segment form; else null
   Pieces pieces;
 

@@ -1,0 +1,30 @@
+// The selective scan on CUDA, for the host: no CUDA headers. Formulas: kernels/selective_scan.h.
+//
+// The portable kernels take every call: each type, real or complex, any n, any strides, any sequences.
+//
+// `pieces` of the parameters stay empty, the sequences are on the device; `states` counts the rows of the
+// states. Checkpoints are float32 or float64 as the arithmetic, (b, l / kScanCheckpointCuda, parts, n, d);
+// every kernel reads and writes the same. The partial sums of ScanBwd are not used: all scratch memory is
+// `workspace`, aligned to 256 bytes, of the bytes that the function beside the launch asks for. Launches
+// return nullptr, or what CUDA says went wrong, and do not wait for the kernels.
+#pragma once
+#include "kernels/cuda/sequences.h"
+#include "kernels/selective_scan.h"
+
+namespace mamba_ops {
+
+// Of the size of the states, times the segments that a long sequence of few channels is cut into: at most
+// a few dozen MiB beyond the states themselves.
+int64_t selective_scan_fwd_portable_workspace(const ScanFwd& p);
+const char* selective_scan_fwd_portable(const ScanFwd& p, const Sequences& seqs, int64_t states,
+                                        void* workspace, void* stream);
+
+// Twice that, and partial sums: of dA, dD, ddelta_bias (and constant dB, dC) for every row and segment, and
+// of dB, dC for every 32 channels and token. The latter are bounded: above kScanPartialBytes the tokens are
+// taken in as many launches as it needs, down to one checkpoint's tokens in each.
+inline constexpr int64_t kScanPartialBytes = int64_t(256) << 20;
+int64_t selective_scan_bwd_portable_workspace(const ScanBwd& p);
+const char* selective_scan_bwd_portable(const ScanBwd& p, const Sequences& seqs, int64_t states,
+                                        void* workspace, void* stream);
+
+}  // namespace mamba_ops
