@@ -1,11 +1,16 @@
 #include "build_info.h"
 
 #include <algorithm>
+#include <cmath>
 #include <stdexcept>
 
 #include "build_config.h"
 #include "kernels/cpu/isa.h"
+#include "kernels/cuda/path.h"
 #include "kernels/plan.h"
+#ifdef USE_CUDA
+#include "kernels/cuda/ssd.h"
+#endif
 
 namespace mamba_ops {
 
@@ -25,6 +30,11 @@ std::map<std::string, std::string> build_info() {
 std::string cpu_isa() { return cpu().name; }
 std::vector<std::string> runnable_cpu_isas() { return cpu_isas(); }
 void force_cpu_isa(const std::string& name) { set_cpu_isa(name); }
+void force_cuda_path(const std::string& name) {
+  if (name != "auto" && name != "portable")
+    throw std::invalid_argument("set_cuda_path: name must be 'auto' or 'portable', got '" + name + "'");
+  portable_only = name == "portable";
+}
 
 namespace {
 
@@ -38,8 +48,49 @@ const std::vector<std::string> kOperators = {"selective_scan",       "ssd",
 void describe(Plan& plan, const Segments& segments, int64_t units) {
   plan["units"] = std::to_string(units);
   plan["pieces"] = std::to_string(segments.count());
-  plan["phases"] = segments.split() ? "3" : "1";
+  plan["phases"] = std::string(1, segments.split() ? '3' : '1');
 }
+
+#ifdef USE_CUDA
+DType dtype_of(const std::string& name) {
+  return name == "float64"    ? DType::f64
+         : name == "bfloat16" ? DType::bf16
+         : name == "float16"  ? DType::f16
+                              : DType::f32;
+}
+
+// Which kernels a call with contiguous, aligned tensors takes on the current device.
+void describe_cuda(Plan& plan, const SsdDims& dims, DType type) {
+  const auto tensor = [&](std::initializer_list<int64_t> sizes, DType dtype) {
+    View v{.data = reinterpret_cast<void*>(uintptr_t(256)), .dtype = dtype};
+    int64_t i = int64_t(sizes.size()), stride = 1;
+    for (auto size = std::rbegin(sizes); size != std::rend(sizes); stride *= *size++) v.stride[--i] = stride;
+    return v;
+  };
+  const int64_t b = dims.b, l = dims.l, h = dims.h;
+  const View data = tensor({b, l, h, dims.p}, type), dt = tensor({b, l, h}, type),
+             B = tensor({b, l, dims.groups_B, dims.n}, type), C = tensor({b, l, dims.groups_C, dims.n}, type),
+             parameter = tensor({h}, type == DType::f64 ? type : DType::f32);
+  SsdFwd fwd{};
+  fwd.dims = dims;
+  fwd.x = fwd.y = data;
+  fwd.dt = dt;
+  fwd.A = fwd.dt_bias = fwd.D = parameter;
+  fwd.B = B;
+  fwd.C = C;
+  SsdBwd bwd{};
+  bwd.fwd = fwd;
+  bwd.fwd.y = {};
+  bwd.dy = bwd.dx = data;
+  bwd.ddt = dt;
+  bwd.dA = bwd.ddt_bias = bwd.dD = parameter;
+  bwd.dB = B;
+  bwd.dC = C;
+  const auto name = [](SsdPath path) { return path == SsdPath::hopper ? "cuda hopper" : "cuda portable"; };
+  plan["kernel"] = name(ssd_kernel(fwd, {}).path);
+  plan["backward"] = name(ssd_kernel(bwd, {}).path);
+}
+#endif
 
 }  // namespace
 
@@ -55,16 +106,32 @@ Plan plan(const std::string& op, const std::string& device, const std::string& d
     return found == sizes.end() ? otherwise : found->second;
   };
   Plan plan = {{"arithmetic", dtype == "float64" || dtype == "complex128" ? "float64" : "float32"}};
+  const int64_t b = size("b", 1), l = size("l", 1), g = size("g", 1);
+  SsdDims ssd{.b = b,
+              .l = l,
+              .h = size("h", 1),
+              .p = size("p", 64),
+              .n = size("n", 128),
+              .groups_B = g,
+              .groups_C = g,
+              .q = size("q", kSsdChunk),
+              .heads = 1,
+              .softplus = true,
+              .D_per_channel = false,
+              .dt_min = 0,
+              .dt_max = INFINITY};
   if (device != "cpu") {
 #ifdef USE_CUDA
-    plan["kernel"] = op == "causal_conv1d" ? "cuda" : "none: " + op + " has no CUDA kernel in this version";
+    if (op == "ssd")
+      describe_cuda(plan, ssd, dtype_of(dtype));
+    else
+      plan["kernel"] = op == "causal_conv1d" ? "cuda" : "none: " + op + " has no CUDA kernel in this version";
 #else
     plan["kernel"] = std::string("none: built without CUDA (") + MAMBA_OPS_CUDA_VERSION + ")";
 #endif
     return plan;
   }
   plan["kernel"] = std::string("cpu ") + cpu().name;
-  const int64_t b = size("b", 1), l = size("l", 1), g = size("g", 1);
   if (op == "selective_scan") {
     ScanDims dims{.b = b,
                   .d = size("d", 1),
@@ -80,25 +147,12 @@ Plan plan(const std::string& op, const std::string& device, const std::string& d
     describe(plan, segments, segments.list().view().groups * dims.channel_blocks());
     plan["checkpoint"] = std::to_string(kScanCheckpoint);
   } else if (op == "ssd") {
-    SsdDims dims{.b = b,
-                 .l = l,
-                 .h = size("h", 1),
-                 .p = size("p", 64),
-                 .n = size("n", 128),
-                 .groups_B = g,
-                 .groups_C = g,
-                 .q = size("q", kSsdChunk),
-                 .heads = 1,
-                 .softplus = true,
-                 .D_per_channel = false,
-                 .dt_min = 0,
-                 .dt_max = 0};
-    const Segments segments(runs_of_rows(b, l), dims);
-    describe(plan, segments, segments.list().view().groups * dims.head_blocks());
+    const Segments segments(runs_of_rows(b, l), ssd);
+    describe(plan, segments, segments.list().view().groups * ssd.head_blocks());
     const bool narrow = dtype == "bfloat16" && std::string(cpu().name) == "avx512bf16";
     plan["products"] = narrow ? "bfloat16" : plan["arithmetic"];
-    plan["chunk_size"] = std::to_string(dims.q);
-    plan["heads_per_unit"] = std::to_string(dims.heads);
+    plan["chunk_size"] = std::to_string(ssd.q);
+    plan["heads_per_unit"] = std::to_string(ssd.heads);
   }
   return plan;
 }

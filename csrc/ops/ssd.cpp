@@ -2,8 +2,12 @@
 
 #include <algorithm>
 
+#include "ops/cuda.h"
 #include "ops/dispatch.h"
 #include "ops/ops.h"
+#ifdef USE_CUDA
+#include "kernels/cuda/ssd.h"
+#endif
 
 namespace mamba_ops {
 
@@ -78,8 +82,7 @@ struct SsdCall {
     params.B = view(B);
     params.C = view(C);
     params.D = view(D);
-    if (check.cuda()) no_cuda_kernel(op);
-
+    if (check.cuda()) return;
     segments.emplace(sequences(check, b, l, seq_idx, cu_seqlens), params.dims);
     params.pieces = segments->list().view();
   }
@@ -188,6 +191,43 @@ void backward(const SsdCall& call, SsdBwd params, const Tensor& x) {
   }
 }
 
+void forward_cpu(const SsdCall& call, const SsdFwd& params, const Tensor& x) {
+  by_arithmetic(call.type, [&]<class R>() { forward<R>(call, params, x); });
+}
+
+void backward_cpu(const SsdCall& call, SsdBwd params, const Tensor& x) {
+  const SsdDims& dims = call.params.dims;
+  const Tensor partial_BC =
+      empty({dims.head_blocks(), dims.b, dims.l, 2 * padded(dims.n)}, call.arithmetic, x);
+  const Tensor partial_h =
+      empty({params.fwd.pieces.groups, dims.h, padded(2) + padded(dims.p)}, call.arithmetic, x);
+  params.partial_BC = partial_BC.data_ptr();
+  params.partial_h = partial_h.data_ptr();
+  by_arithmetic(call.type, [&]<class R>() {
+    const Kernels<R>& k = cpu().kernels<R>();
+    backward<R>(call, params, x);
+    for_units(dims.reduce_units(), 0,
+              [&](int64_t begin, int64_t end, void*) { k.ssd_reduce(params, begin, end); });
+  });
+}
+
+#ifdef USE_CUDA
+template <class Params>
+void run_cuda(const SsdCall& call, const Params& params, const Tensor& x, const OptTensor& seq_idx,
+              const OptTensor& cu_seqlens) {
+  CudaCall cuda(call.check.op(), x);
+  const Sequences seqs = cuda.sequences(call.params.dims.l, seq_idx, cu_seqlens);
+  const SsdKernel<Params> kernel = ssd_kernel(params, seqs);
+  const Tensor workspace = empty({kernel.workspace(params, seqs, call.states)}, ScalarType::Byte, x);
+  cuda.launched(kernel.launch(params, seqs, call.states, workspace.data_ptr(), cuda.stream()));
+}
+#else
+template <class Params>
+void run_cuda(const SsdCall& call, const Params&, const Tensor&, const OptTensor&, const OptTensor&) {
+  no_cuda_kernel(call.check.op());
+}
+#endif
+
 }  // namespace
 
 std::tuple<Tensor, Tensor> ssd_fwd(Tensor x, Tensor dt, Tensor A, Tensor B, Tensor C, OptTensor D,
@@ -205,7 +245,10 @@ std::tuple<Tensor, Tensor> ssd_fwd(Tensor x, Tensor dt, Tensor A, Tensor B, Tens
   params.y = view(y);
   params.states_in = initial_state ? initial_state->data_ptr() : nullptr;
   params.states_out = return_final_state ? final_state.data_ptr() : nullptr;
-  by_arithmetic(call.type, [&]<class R>() { forward<R>(call, params, x); });
+  if (call.check.cuda())
+    run_cuda(call, params, x, seq_idx, cu_seqlens);
+  else
+    forward_cpu(call, params, x);
   return {y, final_state};
 }
 
@@ -244,18 +287,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tenso
   params.dD = D ? view(dD) : View{};
   params.dstates_out = dfinal_state ? dfinal_state->data_ptr() : nullptr;
   params.dstates_in = initial_state ? dinitial.data_ptr() : nullptr;
-  const Tensor partial_BC =
-      empty({dims.head_blocks(), dims.b, dims.l, 2 * padded(dims.n)}, call.arithmetic, x);
-  const Tensor partial_h =
-      empty({params.fwd.pieces.groups, dims.h, padded(2) + padded(dims.p)}, call.arithmetic, x);
-  params.partial_BC = partial_BC.data_ptr();
-  params.partial_h = partial_h.data_ptr();
-  by_arithmetic(call.type, [&]<class R>() {
-    const Kernels<R>& k = cpu().kernels<R>();
-    backward<R>(call, params, x);
-    for_units(dims.reduce_units(), 0,
-              [&](int64_t begin, int64_t end, void*) { k.ssd_reduce(params, begin, end); });
-  });
+  if (call.check.cuda())
+    run_cuda(call, params, x, seq_idx, cu_seqlens);
+  else
+    backward_cpu(call, params, x);
   return {dx, ddt, dA, dB, dC, dD, dz, dbias, dinitial};
 }
 
