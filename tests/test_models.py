@@ -4,6 +4,7 @@ import json
 import math
 import os
 import signal
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -23,11 +24,31 @@ from mamba_ops.models import (
     save_checkpoint,
     stream,
 )
-from mamba_ops.models.generation import sample
+from mamba_ops.models.sampling import Sampling
 
 CONFIGS = {
     "mamba": LMConfig(vocab_size=19, d_model=16, n_layer=2, layer="mamba", layer_args={"d_state": 4}),
     "mamba2": LMConfig(vocab_size=19, d_model=16, n_layer=2, layer_args={"d_state": 4, "headdim": 8}),
+    "samba": LMConfig(
+        vocab_size=19,
+        d_model=16,
+        n_layer=2,
+        layer="mamba",
+        layer_args={"d_state": 4},
+        attn_layer_idx=(1,),
+        attn_cfg={"num_heads": 4, "num_heads_kv": 2, "rotary_emb_dim": 4, "window": 5},
+        d_intermediate=32,
+    ),
+    "zamba": LMConfig(
+        vocab_size=19,
+        d_model=16,
+        n_layer=3,
+        layer_args={"d_state": 4, "headdim": 8},
+        d_intermediate=32,
+        mlp_layer_idx=(1,),
+        shared_layer_idx=(0, 2),
+        shared_cfg={"num_heads": 2, "d_intermediate": 64, "rotary_emb_dim": 8},
+    ),
 }
 PROMPTS = [[1, 2, 3], [4], [5, 6, 7, 8, 9, 10, 11]]
 
@@ -76,7 +97,64 @@ def test_initialisation() -> None:
     assert 0.95 * bound < mixer.out_proj.weight.abs().max() <= bound
 
 
-@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("name", ["samba", "zamba"])
+def test_hybrids_train(name: str) -> None:
+    """They learn a few sequences by heart."""
+    model = LanguageModel(CONFIGS[name])
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    tokens = torch.randint(19, (4, 12))
+    losses = []
+    for _ in range(30):
+        logits = model(tokens[:, :-1])
+        loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten())
+        optimizer.zero_grad()
+        loss.backward()
+        assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < 0.5 * losses[0]
+
+
+def test_the_parts_of_hybrids() -> None:
+    samba, zamba = LanguageModel(CONFIGS["samba"]), LanguageModel(CONFIGS["zamba"])
+    assert [type(block.mixer).__name__ for block in samba.backbone.layers] == ["Mamba", "Attention"]
+    assert [block.has_mlp for block in samba.backbone.layers] == [True, True]
+    assert [block.has_mlp for block in zamba.backbone.layers] == [False, True, False]
+    names = set(zamba.state_dict())
+    assert {"backbone.layers.1.mlp.fc2.weight", "backbone.layers.1.norm2.weight"} <= names
+    assert {name for name in names if "shared" in name} == {
+        "backbone.layers.0.shared_proj.weight",
+        "backbone.layers.2.shared_proj.weight",
+        "backbone.shared.norm.weight",
+        "backbone.shared.mixer.in_proj.weight",
+        "backbone.shared.mixer.in_proj.bias",
+        "backbone.shared.mixer.out_proj.weight",
+        "backbone.shared.mixer.out_proj.bias",
+        "backbone.shared.norm2.weight",
+        "backbone.shared.mlp.fc1.weight",
+        "backbone.shared.mlp.fc2.weight",
+    }
+
+
+def test_the_residual_stream_of_half_precision() -> None:
+    """In float32 it keeps what bfloat16 would round away; every layer still computes in bfloat16."""
+    config = LMConfig(vocab_size=19, d_model=16, n_layer=6, layer="mamba", layer_args={"d_state": 4})
+    exact = LanguageModel(config).double()
+    with torch.no_grad():
+        for parameter in exact.parameters():
+            parameter.copy_((parameter + 0.1 * torch.randn_like(parameter)).bfloat16())
+    tokens = torch.randint(19, (4, 12))
+    errors = {}
+    for wide in (True, False):
+        model = LanguageModel(replace(config, residual_in_fp32=wide), dtype=torch.bfloat16)
+        model.load_state_dict(exact.state_dict())
+        logits = model(tokens)
+        assert logits.dtype == torch.bfloat16
+        errors[wide] = (logits - exact(tokens)).norm() / exact(tokens).norm()
+    assert errors[True] < 0.8 * errors[False] < 0.03
+
+
+@pytest.mark.parametrize("name", ["mamba", "mamba2"])
 def test_as_in_transformers(name: str) -> None:
     transformers = pytest.importorskip("transformers")
     config = CONFIGS[name]
@@ -113,6 +191,10 @@ def test_unknown_layer_and_entry() -> None:
         LMConfig(layer="attention")
     with pytest.raises(ValueError, match=r"unknown entries \['heads'\]"):
         LMConfig.from_dict({"heads": 3})
+    with pytest.raises(ValueError, match=r"attn_layer_idx must lie in 0..n_layer - 1 = 3, got \(4,\)"):
+        LMConfig(attn_layer_idx=(4,), attn_cfg={"num_heads": 2})
+    with pytest.raises(ValueError, match="mlp_layer_idx needs d_intermediate"):
+        LMConfig(mlp_layer_idx=(1,))
 
 
 # --- generation -------------------------------------------------------------------------------------------
@@ -218,7 +300,8 @@ PROBABILITIES = torch.tensor([[0.05, 0.4, 0.25, 0.3]])
 )
 def test_sampling_follows_its_distribution(settings: dict[str, float], expected: list[float]) -> None:
     logits = PROBABILITIES.log().expand(40_000, 4)
-    drawn = sample(logits, generator=torch.Generator().manual_seed(0), **settings)  # type: ignore[arg-type]
+    generator = torch.Generator().manual_seed(0)
+    drawn = Sampling(generator=generator, **settings).draw(logits)  # type: ignore[arg-type]
     shares = torch.bincount(drawn, minlength=4) / len(drawn)
     assert (shares - torch.tensor(expected)).abs().max() < 0.01
     assert all(share == 0 for share, e in zip(shares.tolist(), expected, strict=True) if e == 0)
@@ -319,10 +402,10 @@ def test_wrong_files_are_refused_with_a_reason(tmp_path: Path) -> None:
     refused("unreadable metadata")
     save_checkpoint(path, model)
     rewritten(path, config=json.dumps(CONFIGS["mamba"].to_dict() | {"n_layer": 3}))
-    refused("weights do not fit its config: .* Missing key")
+    refused("weights do not fit the config: .* Missing key")
     save_checkpoint(path, model)
     rewritten(path, config=json.dumps(CONFIGS["mamba"].to_dict() | {"vocab_size": 20}))
-    refused("weights do not fit its config: .* size mismatch")
+    refused("weights do not fit the config: .* size mismatch")
     save_checkpoint(path, model)
     rewritten(path, config=json.dumps(CONFIGS["mamba"].to_dict() | {"layer_args": {"heads": 3}}))
-    refused("config does not describe a model")
+    refused("the config does not describe a model")

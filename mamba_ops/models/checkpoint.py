@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 
 from ..nn.init import Device
-from .lm import LanguageModel, LMConfig
+from .config import LMConfig
+from .lm import LanguageModel
 
 FORMAT = "mamba_ops.lm.1"
 EXTRA = "extra/"
@@ -69,7 +70,7 @@ def save_checkpoint(
     ...     load_checkpoint(f"{folder}/a.safetensors").step
     7
     """
-    _require_safetensors()
+    require_safetensors()
     from safetensors.torch import save_file
 
     weights = model.state_dict()
@@ -97,17 +98,7 @@ def load_checkpoint(path: str | os.PathLike[str], device: Device = "cpu") -> Che
     Raises:
         CheckpointError: no such file, or not a whole checkpoint of this package, or no safetensors installed.
     """
-    _require_safetensors()
-    from safetensors import SafetensorError, safe_open
-
-    if not Path(path).is_file():
-        raise CheckpointError(f"no checkpoint at {path}")
-    try:
-        with safe_open(path, framework="pt", device=str(device)) as file:
-            metadata = file.metadata() or {}
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    except (SafetensorError, OSError) as error:
-        raise CheckpointError(f"{path} is not a whole safetensors file: {error}") from error
+    tensors, metadata = read_safetensors(path, device)
     if metadata.get("format") != FORMAT:
         raise CheckpointError(f"{path} is no checkpoint of mamba_ops (its metadata lacks format {FORMAT})")
     try:
@@ -135,27 +126,58 @@ def load_model(source: Checkpoint | str | os.PathLike[str], device: Device = "cp
         CheckpointError: as load_checkpoint; or weights that are missing, left over, or of another shape.
     """
     checkpoint = source if isinstance(source, Checkpoint) else load_checkpoint(source, device)
+    model = assemble(checkpoint.config, checkpoint.weights, "the checkpoint")
+    return model.to(torch.device(device) if device is not None else None)
+
+
+def assemble(
+    config: LMConfig, weights: dict[str, Tensor], source: str, dtype: torch.dtype | None = None
+) -> LanguageModel:
+    """The model of a config with these weights, in the dtypes that they have or in those of a model of dtype.
+
+    Raises CheckpointError, naming the source, where the config describes no model or the weights do not fit.
+    """
     try:
-        model = LanguageModel(checkpoint.config, device="meta")
-    except (TypeError, ValueError) as error:
-        raise CheckpointError(f"the checkpoint's config does not describe a model: {error}") from error
-    weights = dict(checkpoint.weights)
-    if checkpoint.config.tie_embeddings and "backbone.embedding.weight" in weights:
+        model = LanguageModel(config, device="meta", dtype=dtype)
+    except (TypeError, ValueError, ArithmeticError, RuntimeError) as error:
+        raise CheckpointError(f"{source}: the config does not describe a model: {error}") from error
+    expected = dict(model.named_parameters())
+    weights = dict(weights)
+    if config.tie_embeddings and "backbone.embedding.weight" in weights:
         weights["lm_head.weight"] = weights["backbone.embedding.weight"]
-    flags = {name: vars(p) for name, p in model.named_parameters()}
+    if dtype is not None:
+        weights = {name: t.to(expected[name].dtype) if name in expected else t for name, t in weights.items()}
+    flags = {name: vars(p) for name, p in expected.items()}
     try:
         model.load_state_dict(weights, assign=True)
     except RuntimeError as error:
         reasons = " ".join(str(error).split())
-        raise CheckpointError(f"the checkpoint's weights do not fit its config: {reasons}") from error
-    if checkpoint.config.tie_embeddings:
+        raise CheckpointError(f"{source}: the weights do not fit the config: {reasons}") from error
+    if config.tie_embeddings:
         model.lm_head.weight = model.backbone.embedding.weight
     for name, parameter in model.named_parameters():
         vars(parameter).update(flags[name])
-    return model.to(torch.device(device) if device is not None else None)
+    return model
 
 
-def _require_safetensors() -> None:
+def read_safetensors(
+    path: str | os.PathLike[str], device: Device = "cpu"
+) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Tensors and metadata of a file. Raises CheckpointError where it is missing or not whole."""
+    require_safetensors()
+    from safetensors import SafetensorError, safe_open
+
+    if not Path(path).is_file():
+        raise CheckpointError(f"no checkpoint at {path}")
+    try:
+        with safe_open(path, framework="pt", device=str(device)) as file:
+            return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(f"{path} is not a whole safetensors file: {error}") from error
+
+
+def require_safetensors() -> None:
+    """Raises CheckpointError where safetensors is not installed."""
     if importlib.util.find_spec("safetensors") is None:
         raise CheckpointError(
             "checkpoints need safetensors, not installed here: pip install 'mamba_ops[train]'"

@@ -3,79 +3,101 @@
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, dataclass, field, fields
-from typing import Any
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
-from ..nn import LayerCache, Mamba, Mamba2, RMSNormGated
+from ..nn import Attention, AttentionCache, Cache, GatedMLP, LayerCache, Mamba, Mamba2, RMSNormGated
 from ..nn.init import Device
 from ..nn.token import project
+from .config import LAYERS, LMConfig
+from .state import ModelCache
 
-LAYERS: dict[str, type[Mamba] | type[Mamba2]] = {"mamba": Mamba, "mamba2": Mamba2}
 
-
-@dataclass(frozen=True)
-class LMConfig:
-    """Shape of a language model.
+@dataclass
+class Pass:
+    """How one call goes through the blocks: over a sequence, or one token a row.
 
     Attributes:
-        vocab_size: number of tokens; 256 for bytes.
-        d_model: width of the residual stream.
-        n_layer: number of blocks.
-        layer: "mamba" or "mamba2".
-        layer_args: further constructor arguments of the layer (d_state, headdim, ...).
-        norm_eps: of the pre-norms and the final norm.
-        tie_embeddings: the head uses the embedding's weight.
-
-    >>> LMConfig(d_model=64).layer
-    'mamba2'
+        cache: states to continue from and update; None: none.
+        seq_idx, cu_seqlens: of a sequence; see LanguageModel.forward.
+        one_token: the activations are (b, d_model), and the layers step.
     """
 
-    vocab_size: int = 256
-    d_model: int = 256
-    n_layer: int = 4
-    layer: str = "mamba2"
-    layer_args: dict[str, Any] = field(default_factory=dict)
-    norm_eps: float = 1e-5
-    tie_embeddings: bool = True
+    cache: ModelCache | None = None
+    seq_idx: Tensor | None = None
+    cu_seqlens: Tensor | None = None
+    one_token: bool = False
 
-    def __post_init__(self) -> None:
-        if self.layer not in LAYERS:
-            raise ValueError(f"LMConfig: layer must be one of {sorted(LAYERS)}, got {self.layer!r}")
+    def mix(self, mixer: nn.Module, x: Tensor, cache: Cache | None) -> Tensor:
+        out: Tensor
+        if self.one_token:
+            out = mixer.step(x, cache)  # type: ignore[operator]
+        else:
+            out = mixer(x, cache=cache, seq_idx=self.seq_idx, cu_seqlens=self.cu_seqlens)
+        return out
 
-    def to_dict(self) -> dict[str, Any]:
-        """All attributes, as JSON can hold them."""
-        return asdict(self)
+    def transform(self, mlp: nn.Module, x: Tensor) -> Tensor:
+        out: Tensor = mlp.step(x) if self.one_token else mlp(x)  # type: ignore[operator]
+        return out
 
-    @classmethod
-    def from_dict(cls, values: dict[str, Any]) -> LMConfig:
-        """The inverse of to_dict. Raises ValueError for a name that is no attribute."""
-        unknown = sorted(values.keys() - {f.name for f in fields(cls)})
-        if unknown:
-            raise ValueError(f"LMConfig: unknown entries {unknown}")
-        return cls(**values)
+
+class Norm(RMSNormGated):
+    """RMS norm of the residual stream, whose dtype may be wider than the layers'; returns the layers'."""
+
+    def forward(self, x: Tensor, z: Tensor | None = None) -> Tensor:
+        y = super().forward(x, z)
+        return y if x.dtype == self.weight.dtype else y.to(self.weight.dtype)
+
+
+class SharedBlock(nn.Module):
+    """mlp(norm2(attention(norm([x, embedding])))): one set of weights for all the blocks that it runs before.
+
+    Source: Glorioso et al. 2024 (Zamba); checked against transformers' ZambaAttentionDecoderLayer.
+    """
+
+    def __init__(self, config: LMConfig, device: Device, dtype: torch.dtype | None) -> None:
+        super().__init__()
+        d = config.d_model
+        args = dict(config.shared_cfg)
+        hidden = args.pop("d_intermediate", None)
+        self.norm = Norm(2 * d, eps=config.norm_eps, device=device, dtype=dtype)
+        self.mixer = Attention(2 * d, d_out=d, device=device, dtype=dtype, **args)
+        self.norm2 = Norm(d, eps=config.norm_eps, device=device, dtype=dtype)
+        self.mlp = GatedMLP(d, hidden, device=device, dtype=dtype)
+
+    def forward(self, x: Tensor, embedded: Tensor, way: Pass, cache: Cache | None) -> Tensor:
+        x = way.mix(self.mixer, self.norm(torch.cat([x, embedded], dim=-1)), cache)
+        return way.transform(self.mlp, self.norm2(x))
 
 
 class Block(nn.Module):
-    """x + mixer(norm(x))."""
+    """x + mixer(norm(x + shared_proj(s))), then x + mlp(norm2(x)), as far as the block has these parts.
+
+    s is what the shared block has made of x: it enters the mixer, not the residual stream.
+    """
 
     def __init__(self, config: LMConfig, index: int, device: Device, dtype: torch.dtype | None) -> None:
         super().__init__()
-        self.norm = RMSNormGated(config.d_model, eps=config.norm_eps, device=device, dtype=dtype)
-        self.mixer = LAYERS[config.layer](
-            config.d_model, layer_idx=index, device=device, dtype=dtype, **config.layer_args
-        )
+        d, eps = config.d_model, config.norm_eps
+        self.norm = Norm(d, eps=eps, device=device, dtype=dtype)
+        attention = index in config.attn_layer_idx
+        kind, args = (Attention, config.attn_cfg) if attention else (LAYERS[config.layer], config.layer_args)
+        self.mixer: Mamba | Mamba2 | Attention = kind(d, layer_idx=index, device=device, dtype=dtype, **args)
+        if index in config.shared_layer_idx:
+            self.shared_proj = nn.Linear(d, d, bias=False, device=device, dtype=dtype)
+        self.has_mlp = config.has_mlp(index)
+        if self.has_mlp:
+            self.norm2 = Norm(d, eps=eps, device=device, dtype=dtype)
+            self.mlp = GatedMLP(d, config.d_intermediate, device=device, dtype=dtype)
 
-    def forward(
-        self, x: Tensor, cache: LayerCache | None, seq_idx: Tensor | None, cu_seqlens: Tensor | None
-    ) -> Tensor:
-        out: Tensor = self.mixer(self.norm(x), cache=cache, seq_idx=seq_idx, cu_seqlens=cu_seqlens)
-        return x + out
-
-    def step(self, x: Tensor, cache: LayerCache) -> Tensor:
-        return x + self.mixer.step(self.norm(x), cache)
+    def forward(self, x: Tensor, shared: Tensor | None, way: Pass, cache: Cache | None) -> Tensor:
+        inputs = x if shared is None else x + self.shared_proj(shared)
+        x = x + way.mix(self.mixer, self.norm(inputs), cache)
+        if self.has_mlp:
+            x = x + way.transform(self.mlp, self.norm2(x))
+        return x
 
 
 class Backbone(nn.Module):
@@ -83,36 +105,32 @@ class Backbone(nn.Module):
 
     def __init__(self, config: LMConfig, device: Device, dtype: torch.dtype | None) -> None:
         super().__init__()
+        self.config = config
         self.embedding = nn.Embedding(config.vocab_size, config.d_model, device=device, dtype=dtype)
+        if config.shared_layer_idx:
+            self.shared = SharedBlock(config, device, dtype)
         self.layers = nn.ModuleList(Block(config, i, device, dtype) for i in range(config.n_layer))
-        self.norm_f = RMSNormGated(config.d_model, eps=config.norm_eps, device=device, dtype=dtype)
+        self.norm_f = Norm(config.d_model, eps=config.norm_eps, device=device, dtype=dtype)
 
-    def forward(
-        self,
-        tokens: Tensor,
-        cache: list[LayerCache] | None,
-        seq_idx: Tensor | None,
-        cu_seqlens: Tensor | None,
-    ) -> Tensor:
+    def forward(self, tokens: Tensor, way: Pass) -> Tensor:
         x: Tensor = self.embedding(tokens)
+        if self.config.residual_in_fp32:
+            x = x.to(torch.promote_types(x.dtype, torch.float32))
+        embedded, cache = x, way.cache
         for i, block in enumerate(self.layers):
-            x = block(x, None if cache is None else cache[i], seq_idx, cu_seqlens)
-        out: Tensor = self.norm_f(x)
-        return out
-
-    def step(self, tokens: Tensor, cache: list[LayerCache]) -> Tensor:
-        x: Tensor = self.embedding(tokens)
-        for block, layer_cache in zip(self.layers, cache, strict=True):
-            x = block.step(x, layer_cache)  # type: ignore[operator]
+            shared = None
+            if i in self.config.shared_layer_idx:
+                shared = self.shared(x, embedded, way, None if cache is None else cache.shared[i])
+            x = block(x, shared, way, None if cache is None else cache.mixers[i])
         out: Tensor = self.norm_f(x)
         return out
 
 
 class LanguageModel(nn.Module):
-    """A language model of Mamba or Mamba-2 blocks; parameter names as mamba_ssm's MambaLMHeadModel.
+    """A language model of the shape of a config; parameter names as mamba_ssm's MambaLMHeadModel.
 
     Initialisation as there: the embedding N(0, 0.02), linear biases zero (not the step's), and each out_proj
-    scaled down by sqrt(n_layer), so that the residual stream keeps its size with depth.
+    and fc2 scaled down by the root of the number of residual additions, so that the stream keeps its size.
 
     Args:
         config: shape of the model.
@@ -136,7 +154,7 @@ class LanguageModel(nn.Module):
         self,
         tokens: Tensor,
         *,
-        cache: list[LayerCache] | None = None,
+        cache: ModelCache | None = None,
         seq_idx: Tensor | None = None,
         cu_seqlens: Tensor | None = None,
     ) -> Tensor:
@@ -144,17 +162,17 @@ class LanguageModel(nn.Module):
 
         Args:
             tokens: (b, l) integer.
-            cache: one entry per block, from allocate_cache; continued from and updated in place.
+            cache: from allocate_cache; continued from and updated in place.
             seq_idx: (b, l) integer; states reset where neighbours differ.
             cu_seqlens: (s + 1,) integer; s sequences packed in batch 1.
 
         Returns:
             (b, l, vocab_size).
         """
-        logits: Tensor = self.lm_head(self.backbone(tokens, cache, seq_idx, cu_seqlens))
+        logits: Tensor = self.lm_head(self.backbone(tokens, Pass(cache, seq_idx, cu_seqlens)))
         return logits
 
-    def prefill(self, tokens: Tensor, cache: list[LayerCache], *, cu_seqlens: Tensor | None = None) -> Tensor:
+    def prefill(self, tokens: Tensor, cache: ModelCache, *, cu_seqlens: Tensor | None = None) -> Tensor:
         """Fills or continues the cache and returns the logits after each sequence's last token only.
 
         Args:
@@ -165,33 +183,50 @@ class LanguageModel(nn.Module):
         Returns:
             (b or s, vocab_size).
         """
-        hidden = self.backbone(tokens, cache, None, cu_seqlens)
+        hidden = self.backbone(tokens, Pass(cache, None, cu_seqlens))
         last = hidden[:, -1] if cu_seqlens is None else hidden[0, cu_seqlens[1:].long() - 1]
         logits: Tensor = self.lm_head(last)
         return logits
 
     @torch.no_grad()
-    def step(self, tokens: Tensor, cache: list[LayerCache]) -> Tensor:
+    def step(self, tokens: Tensor, cache: ModelCache) -> Tensor:
         """One token a row: tokens (b,), cache updated in place. Returns logits (b, vocab_size)."""
-        return project(self.lm_head, self.backbone.step(tokens, cache))
+        return project(self.lm_head, self.backbone(tokens, Pass(cache, one_token=True)))
 
     def allocate_cache(
-        self, batch_size: int, dtype: torch.dtype | None = None, device: Device = None
-    ) -> list[LayerCache]:
-        """Empty caches of all blocks for batch_size sequences; dtype and device default to the weights'."""
-        return [
-            block.mixer.allocate_cache(batch_size, dtype, device)  # type: ignore[union-attr, operator]
-            for block in self.backbone.layers
-        ]
+        self,
+        batch_size: int,
+        dtype: torch.dtype | None = None,
+        device: Device = None,
+        *,
+        max_length: int | None = None,
+    ) -> ModelCache:
+        """Empty caches of all layers for batch_size sequences.
+
+        Args:
+            batch_size: b.
+            dtype, device: of the activations; None: the weights'.
+            max_length: tokens that a sequence can have in all; needed where attention has no window.
+        """
+
+        def allocate(mixer: nn.Module) -> LayerCache | AttentionCache:
+            if isinstance(mixer, Attention):
+                return mixer.allocate_cache(batch_size, dtype, device, max_length=max_length)
+            cache: LayerCache = mixer.allocate_cache(batch_size, dtype, device)  # type: ignore[operator]
+            return cache
+
+        shared = {i: allocate(self.backbone.shared.mixer) for i in self.config.shared_layer_idx}
+        return ModelCache([allocate(block.mixer) for block in self.backbone.layers], shared)  # type: ignore[arg-type]
 
     def _initialise(self) -> None:
         nn.init.normal_(self.backbone.embedding.weight, std=0.02)
+        residuals = self.config.n_layer * (2 if self.config.d_intermediate else 1)
         for name, module in self.backbone.named_modules():
             if not isinstance(module, nn.Linear):
                 continue
             if module.bias is not None and not getattr(module.bias, "_no_reinit", False):
                 nn.init.zeros_(module.bias)
-            if name.endswith("out_proj"):
+            if name.endswith(("out_proj", "fc2")):
                 nn.init.kaiming_uniform_(module.weight, a=math.sqrt(5))
                 with torch.no_grad():
-                    module.weight /= math.sqrt(self.config.n_layer)
+                    module.weight /= math.sqrt(residuals)

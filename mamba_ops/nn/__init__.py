@@ -1,8 +1,19 @@
-"""Layers: Mamba, Mamba2, the gated RMS norm, and the cache that carries a layer's states."""
+"""Layers: Mamba, Mamba2, attention and the gated MLP for hybrids, norms, and the caches of their states."""
 
-from .cache import LayerCache
+from .attention import Attention
+from .cache import AttentionCache, Cache, LayerCache
 from .mamba import Mamba
 from .mamba2 import Mamba2
+from .mlp import GatedMLP
 from .norm import RMSNormGated
 
-__all__ = ["LayerCache", "Mamba", "Mamba2", "RMSNormGated"]
+__all__ = [
+    "Attention",
+    "AttentionCache",
+    "Cache",
+    "GatedMLP",
+    "LayerCache",
+    "Mamba",
+    "Mamba2",
+    "RMSNormGated",
+]

@@ -46,6 +46,7 @@ class Mamba2(nn.Module):
         layer_idx: kept as an attribute, not used.
         process_group: must be None.
         device, dtype: of the parameters; D stays float32, as in mamba_ssm.
+        norm_eps: of the norm; 1e-5 in mamba_ssm.
 
     Raises:
         ValueError: sizes that do not divide, or a process group.
@@ -88,6 +89,7 @@ class Mamba2(nn.Module):
         sequence_parallel: bool = True,
         device: Device = None,
         dtype: torch.dtype | None = None,
+        norm_eps: float = 1e-5,
     ) -> None:
         super().__init__()
         if process_group is not None:
@@ -140,6 +142,7 @@ class Mamba2(nn.Module):
         if rmsnorm:
             self.norm = RMSNormGated(
                 self.d_ssm,
+                eps=norm_eps,
                 group_size=self.d_ssm // ngroups,
                 norm_before_gate=norm_before_gate,
                 device=device,

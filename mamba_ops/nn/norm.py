@@ -52,9 +52,10 @@ class RMSNormGated(nn.Module):
 
     def forward(self, x: Tensor, z: Tensor | None = None) -> Tensor:
         """x, z: (..., d), any float dtype. Returns (..., d) in x's dtype."""
+        weight = self.weight if self.weight.dtype in (x.dtype, torch.float32) else self.weight.float()
         return rms_norm_gated(
             x,
-            self.weight,
+            weight,
             z,
             eps=self.eps,
             group_size=self.group_size,
