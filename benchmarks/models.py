@@ -1,4 +1,4 @@
-"""Cases of whole models: two layers of width 768 against transformers' torch path, with the same weights."""
+"""Cases of whole models: against transformers' torch path, with the same weights."""
 
 from __future__ import annotations
 
@@ -15,12 +15,13 @@ from .cases import Case, Must
 from .contenders import OURS, Contender, Inputs, Results, Run
 
 D_MODEL, N_LAYER, VOCAB = 768, 2, 256
+WHOLE_LAYERS, WHOLE_VOCAB = 24, 50280  # of the published models of 130 million parameters
 PROMPT, LENGTH = 16, 1024
 TRANSFORMERS = "transformers"
 
 
 def cases() -> Iterator[Case]:
-    """One token, a prompt, and a training step, for both layers."""
+    """One token, a prompt, and a training step, for both layers; one token of a whole small model."""
     twice = Must("faster", 2, TRANSFORMERS)
     work = (("token", "one token", twice), ("prefill", f"prefill of {LENGTH} tokens", None))
     for layer, label, goal in (("mamba", "Mamba", 0.7), ("mamba2", "Mamba-2", 0.9)):
@@ -45,22 +46,39 @@ def cases() -> Iterator[Case]:
             (Contender(OURS, partial(_ours, "training")), Contender(name, partial(_theirs, "training"))),
             None,
         )
+        for dtype in (torch.float32, torch.bfloat16):
+            short = str(dtype).removeprefix("torch.")
+            yield Case(
+                f"model/token/{layer}/130m/{short}",
+                f"{label}, {WHOLE_LAYERS} layers of d{D_MODEL} (130M), {short}, batch 1, one token",
+                partial(_inputs, layer, WHOLE_LAYERS, WHOLE_VOCAB, dtype),
+                tuple(
+                    Contender(name, partial(run, "token"))
+                    for name, run in ((OURS, _ours), (TRANSFORMERS, _theirs))
+                ),
+                None,
+                dtype,
+                must=Must("ms", 33.3, "AMD EPYC") if dtype == torch.bfloat16 else None,
+            )
 
 
-def _inputs(layer: str) -> Inputs:
+def _inputs(
+    layer: str, n_layer: int = N_LAYER, vocab_size: int = VOCAB, dtype: torch.dtype = torch.float32
+) -> Inputs:
     from mamba_ops.models import LanguageModel, LMConfig
 
     torch.manual_seed(0)
-    model = LanguageModel(LMConfig(VOCAB, D_MODEL, N_LAYER, layer))
-    tokens = torch.randint(VOCAB, (1, LENGTH), generator=torch.Generator().manual_seed(0))
-    return {"layer": layer, "weights": model.state_dict(), "tokens": tokens}
+    config = LMConfig(vocab_size, D_MODEL, n_layer, layer)
+    tokens = torch.randint(vocab_size, (1, LENGTH), generator=torch.Generator().manual_seed(0))
+    return {"config": config, "weights": LanguageModel(config, dtype=dtype).state_dict(), "tokens": tokens}
 
 
 def _ours(kind: str, inputs: Inputs) -> Run:
-    from mamba_ops.models import LanguageModel, LMConfig
+    from mamba_ops.models import LanguageModel
 
-    model = LanguageModel(LMConfig(VOCAB, D_MODEL, N_LAYER, inputs["layer"]))
-    model.load_state_dict(inputs["weights"])
+    weights = inputs["weights"]
+    model = LanguageModel(inputs["config"], dtype=weights["lm_head.weight"].dtype)
+    model.load_state_dict(weights)
     tokens = inputs["tokens"]
     if kind == "training":
         return _training(model, tokens)
@@ -80,8 +98,11 @@ def _ours(kind: str, inputs: Inputs) -> Run:
 
 
 def _theirs(kind: str, inputs: Inputs) -> Run:
-    mambapy = kind == "training" and inputs["layer"] == "mamba"
-    model = baselines.transformers_model(inputs["layer"], D_MODEL, N_LAYER, VOCAB, mambapy)
+    config = inputs["config"]
+    mambapy = kind == "training" and config.layer == "mamba"
+    model = baselines.transformers_model(
+        config.layer, config.d_model, config.n_layer, config.vocab_size, mambapy
+    ).to(inputs["weights"]["lm_head.weight"].dtype)
     model.load_state_dict({k.replace("embedding.", "embeddings."): w for k, w in inputs["weights"].items()})
     tokens = inputs["tokens"]
     if kind == "training":

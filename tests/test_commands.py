@@ -15,7 +15,14 @@ import torch
 
 from mamba_ops.__main__ import main
 from mamba_ops.commands import corpus, measure, trainer
-from mamba_ops.models import LanguageModel, LMConfig, load_checkpoint, load_model, save_checkpoint
+from mamba_ops.models import (
+    LanguageModel,
+    LMConfig,
+    load_checkpoint,
+    load_model,
+    save_checkpoint,
+    save_pretrained,
+)
 
 SMALL = ["--d-model", "32", "--layers", "1", "--row", "32", "--batch", "2", "--precision", "float32"]
 
@@ -212,6 +219,28 @@ def test_generate_refuses(byte_model: str, tmp_path: Path, capsys: pytest.Captur
     save_checkpoint(tmp_path / "other", LanguageModel(LMConfig(vocab_size=9, d_model=32, n_layer=1)))
     code = main(["generate", str(tmp_path / "other"), "--prompt", "a"])
     refused(capsys, code, "is a model of 9 tokens, not of bytes")
+    save_pretrained(LanguageModel(LMConfig(vocab_size=9, d_model=32, n_layer=1)), tmp_path / "a")
+    refused(capsys, main(["generate", str(tmp_path / "a"), "--prompt", "a"]), "not of bytes")
+    (tmp_path / "a" / "tokenizer.json").write_text("{}")
+    refused(capsys, main(["generate", str(tmp_path / "a"), "--prompt", "a"]), "is no tokenizer")
+    refused(capsys, main(["generate", str(tmp_path), "--prompt", "a"]), "no checkpoint at")
+
+
+def test_generate_from_folders(tmp_path: Path, capfdbinary: pytest.CaptureFixture[bytes]) -> None:
+    """Of train, of a published model of bytes, and of one with a tokenizer."""
+    model = LanguageModel(LMConfig(d_model=32, n_layer=1))
+    save_checkpoint(tmp_path / "checkpoint.safetensors", model)
+    save_pretrained(model, tmp_path / "bytes")
+    tokenizers = pytest.importorskip("tokenizers")
+    words = tokenizers.Tokenizer(tokenizers.models.WordLevel({"one": 0, "two": 1, "three": 2}, "one"))
+    words.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    save_pretrained(LanguageModel(LMConfig(vocab_size=3, d_model=32, n_layer=1)), tmp_path / "words")
+    words.save(str(tmp_path / "words" / "tokenizer.json"))
+    for name, start in ((".", b"one two"), ("bytes", b"one two"), ("words", b"one two ")):
+        command = ["generate", str(tmp_path / name), "--prompt", "one two", "--tokens", "9"]
+        assert main([*command, "--temperature", "0"]) == 0
+        out = capfdbinary.readouterr().out
+        assert out.startswith(start) and (len(out.split()) == 11 if name == "words" else len(out) == 17)
 
 
 def test_generate_into_a_closed_pipe(byte_model: str) -> None:
