@@ -11,6 +11,8 @@ except ImportError as error:
     ) from error
 from . import reference
 from .causal_conv1d import causal_conv1d
+from .mamba_inner import mamba_inner
+from .mamba_split_conv1d_scan import mamba_split_conv1d_scan
 from .nn import Mamba, Mamba2, RMSNormGated
 from .norm import rms_norm_gated
 from .selective_scan import selective_scan
@@ -25,6 +27,8 @@ __all__ = [
     "build_info",
     "causal_conv1d",
     "causal_conv1d_update",
+    "mamba_inner",
+    "mamba_split_conv1d_scan",
     "plan",
     "reference",
     "rms_norm_gated",

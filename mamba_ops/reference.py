@@ -232,6 +232,116 @@ def rms_norm_gated(
     return (y * gate if norm_before_gate else y).to(x.dtype)
 
 
+def mamba_inner(
+    xz: Tensor,
+    conv1d_weight: Tensor,
+    conv1d_bias: Tensor | None,
+    x_proj_weight: Tensor,
+    delta_proj_weight: Tensor,
+    out_proj_weight: Tensor,
+    out_proj_bias: Tensor | None,
+    A: Tensor,
+    B: Tensor | None = None,
+    C: Tensor | None = None,
+    D: Tensor | None = None,
+    delta_bias: Tensor | None = None,
+    B_proj_bias: Tensor | None = None,
+    C_proj_bias: Tensor | None = None,
+    delta_softplus: bool = True,
+    *,
+    b_rms_weight: Tensor | None = None,
+    c_rms_weight: Tensor | None = None,
+    dt_rms_weight: Tensor | None = None,
+    rms_eps: float = 1e-6,
+    conv_state: Tensor | None = None,
+    initial_state: Tensor | None = None,
+    seq_idx: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    return_final_states: bool = False,
+) -> Any:
+    """A Mamba layer behind its input projection: convolution, projections, scan, output projection.
+
+    Returns:
+        out (b, l, m), or (out, conv_state, final_state).
+
+    Source: Gu & Dao 2023, figure 3; the interface is mamba_ssm's.
+    """
+    x, z = xz.chunk(2, 1)
+    pack: Any = {"seq_idx": seq_idx, "cu_seqlens": cu_seqlens, "return_final_state": True}
+    u, conv_state = causal_conv1d(x, conv1d_weight, conv1d_bias, "silu", initial_state=conv_state, **pack)
+    projected = F.linear(u.mT, x_proj_weight)
+    r, n = delta_proj_weight.shape[1], A.shape[1] * (2 if A.is_complex() else 1)
+
+    def norm(v: Tensor, weight: Tensor | None) -> Tensor:
+        return v if weight is None else rms_norm_gated(v, weight, eps=rms_eps)
+
+    def matrix(columns: Tensor, bias: Tensor | None, weight: Tensor | None) -> Tensor:
+        M = norm(columns if bias is None else columns + bias, weight)
+        return torch.complex(M[..., 0::2], M[..., 1::2]).mT if A.is_complex() else M.mT
+
+    B = matrix(projected[..., r : r + n], B_proj_bias, b_rms_weight) if B is None else B
+    C = matrix(projected[..., -n:], C_proj_bias, c_rms_weight) if C is None else C
+    delta = norm(F.linear(projected[..., :r], delta_proj_weight), dt_rms_weight).mT
+    options = (D, z, delta_bias, delta_softplus)
+    y, state = selective_scan(u, delta, A, B, C, *options, initial_state=initial_state, **pack)
+    out = F.linear(y.mT, out_proj_weight, out_proj_bias)
+    return (out, conv_state, state) if return_final_states else out
+
+
+def mamba_split_conv1d_scan(
+    zxbcdt: Tensor,
+    conv1d_weight: Tensor,
+    conv1d_bias: Tensor | None,
+    dt_bias: Tensor | None,
+    A: Tensor,
+    D: Tensor | None = None,
+    *,
+    headdim: int | None = None,
+    ngroups: int = 1,
+    activation: str | None = "silu",
+    dt_limit: tuple[float, float] = (0.0, math.inf),
+    rmsnorm_weight: Tensor | None = None,
+    rmsnorm_eps: float = 1e-6,
+    norm_before_gate: bool = False,
+    outproj_weight: Tensor | None = None,
+    outproj_bias: Tensor | None = None,
+    chunk_size: int | None = None,
+    conv_state: Tensor | None = None,
+    initial_state: Tensor | None = None,
+    seq_idx: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    return_final_states: bool = False,
+) -> Any:
+    """A Mamba-2 layer behind its input projection: convolution, SSD, norm and gate, output projection.
+
+    Returns:
+        out (b, l, m), or (out, conv_state, final_state).
+
+    Source: Dao & Gu 2024, section 7; the interface is mamba_ssm's.
+    """
+    h, p = A.shape[0], headdim or (1 if D is None else D.shape[1])
+    d, conv = h * p, conv1d_weight.shape[0]
+    k = (zxbcdt.shape[-1] - d - conv - h) // 2
+    z0, x0, z, xBC, dt = torch.split(zxbcdt, [k, k, d, conv, h], -1)
+    pack: Any = {"seq_idx": seq_idx, "cu_seqlens": cu_seqlens, "return_final_state": True}
+    xBC, conv_state = causal_conv1d(
+        xBC.mT, conv1d_weight, conv1d_bias, activation, initial_state=conv_state, **pack
+    )
+    x, B, C = torch.split(xBC.mT, [d, (conv - d) // 2, (conv - d) // 2], -1)
+    b, l, _ = zxbcdt.shape
+    x, B, C = x.reshape(b, l, h, p), *(M.reshape(b, l, ngroups, M.shape[2] // ngroups) for M in (B, C))
+    gate = z.reshape(b, l, h, p) if rmsnorm_weight is None else None
+    options = (D, gate, dt_bias, True, dt_limit)
+    y, state = ssd(x, dt, A, B, C, *options, initial_state=initial_state, **pack)
+    y = y.flatten(-2)
+    if rmsnorm_weight is not None:
+        norm: Any = {"eps": rmsnorm_eps, "group_size": d // ngroups, "norm_before_gate": norm_before_gate}
+        y = rms_norm_gated(y, rmsnorm_weight, z, **norm)
+    y = torch.cat([F.silu(z0) * x0, y], -1)
+    out = y if outproj_weight is None else F.linear(y, outproj_weight, outproj_bias)
+    return (out, conv_state, state) if return_final_states else out
+
+
 def causal_conv1d_update(
     x: Tensor,
     state: Tensor,

@@ -27,9 +27,9 @@ def is_float(value: Any) -> bool:
 
 
 def dtype_of(inputs: Inputs) -> torch.dtype:
-    """The dtype that names a case: that of u or x."""
-    dtype: torch.dtype = inputs["u" if "u" in inputs else "x"].dtype
-    return dtype
+    """The dtype that names a case: that of the data."""
+    data: Tensor = next(inputs[name] for name in ("u", "x", "xz", "zxbcdt") if name in inputs)
+    return data.dtype
 
 
 def cast(inputs: Inputs, dtype: torch.dtype) -> Inputs:
@@ -62,9 +62,9 @@ def evaluate(
     if "state" in inputs:
         call["state"] = clone_strided(inputs["state"])
     out = operator(**call)
-    results: Results = dict(
-        zip(("y", "final_state"), out if isinstance(out, tuple) else (out,), strict=False)
-    )
+    outputs = out if isinstance(out, tuple) else (out,)
+    names = ("y", "final_state") if len(outputs) < 3 else ("y", "conv_state", "final_state")
+    results: Results = dict(zip(names, outputs, strict=False))
     if "state" in inputs:
         results["state"] = call["state"]
     summed = [name for name in loss if name in results]

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import mamba_ops
-from tests import cases
+from tests import cases, layer_cases
 from tests.cases import CONV_OPTIONS, SCAN_OPTIONS, SSD_OPTIONS, Inputs
 from tests.compare import is_float
 
@@ -73,6 +73,32 @@ def test_conv_saves_its_inputs(dtype: torch.dtype, pack: str | None) -> None:
 def test_norm_saves_at_most_a_number_per_group(dtype: torch.dtype, before: bool) -> None:
     inputs = cases.rms_norm_gated(200, 96, group_size=48, norm_before_gate=before, dtype=dtype)
     assert saved_bytes("rms_norm_gated", inputs) <= 200 * 2 * 4
+
+
+@pytest.mark.parametrize("pack", cases.PACKS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", layer_cases.LAYER_OPERATORS)
+def test_layers_save_their_inputs(name: str, dtype: torch.dtype, pack: str | None) -> None:
+    assert saved_bytes(name, layer_cases.full(name, 1000, dtype=dtype, pack=pack)) == 0
+
+
+@pytest.mark.parametrize("layer", [mamba_ops.Mamba, mamba_ops.Mamba2])
+def test_a_layer_saves_its_input_projection(layer: type[torch.nn.Module]) -> None:
+    """Besides input and parameters: the projection's output, and A = -exp(A_log) with exp(A_log)."""
+    module, x = layer(64), torch.randn(2, 500, 64, requires_grad=True)
+    known = {t.untyped_storage().data_ptr() for t in (x, *module.parameters())}
+    extra: dict[int, int] = {}
+
+    def pack(t: torch.Tensor) -> torch.Tensor:
+        storage = t.untyped_storage()
+        if storage.data_ptr() not in known:
+            extra[storage.data_ptr()] = storage.nbytes()
+        return t
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        module(x)
+    projected = 2 * 500 * module.in_proj.out_features * 4
+    assert sum(extra.values()) <= projected + 2 * 4 * module.A_log.numel()
 
 
 @pytest.mark.parametrize("name", ["selective_scan", "ssd", "causal_conv1d", "rms_norm_gated"])

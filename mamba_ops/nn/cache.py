@@ -157,14 +157,15 @@ def initial_state(state: Tensor, dtype: torch.dtype) -> Tensor:
     return state.to(dtype, copy=torch.is_grad_enabled())
 
 
-def carry(result: Tensor | tuple[Tensor, Tensor], state: Tensor | None) -> Tensor:
-    """Splits an operator's result: the final state, if there is one, goes into state; returns the output."""
+def carry(result: Tensor | tuple[Tensor, ...], *states: Tensor | None) -> Tensor:
+    """Splits an operator's result: its final states, if there are any, go into states; returns the output."""
     if isinstance(result, Tensor):
         return result
-    y, final_state = result
-    if state is not None:
-        with torch.no_grad():
-            state.copy_(final_state)
+    y, *finals = result
+    with torch.no_grad():
+        for state, final in zip(states, finals, strict=True):
+            if state is not None:
+                state.copy_(final)
     return y
 
 

@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import math
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..causal_conv1d import causal_conv1d
+from ..mamba_inner import mamba_inner
 from ..selective_scan import selective_scan
 from ..state_update import causal_conv1d_update, selective_state_update
 from .cache import LayerCache, carry, check_sequence, decay_rate, initial_state
 from .init import Device, depthwise_conv, no_weight_decay, random_step_bias
-from .token import project, token_rows
+from .token import is_plain, project, token_rows
 
 
 class Mamba(nn.Module):
@@ -122,29 +123,61 @@ class Mamba(nn.Module):
             (b, l, d_model).
         """
         check_sequence("Mamba", x, self.d_model)
-        inner, z = self.in_proj(x).chunk(
-            2, dim=-1
-        )  # before transposing: the gradients are joined as they lie
-        conv_state, ssm_state = (cache.conv_state, cache.ssm_state) if cache is not None else (None, None)
+        projected = self.in_proj(x)
+        conv_state, ssm_state = (None, None) if cache is None else (cache.conv_state, cache.ssm_state)
+        starts = {
+            "conv": None if conv_state is None else initial_state(conv_state, projected.dtype),
+            "scan": None if ssm_state is None else initial_state(ssm_state, ssm_state.dtype),
+        }
+        pack: dict[str, Any] = {"seq_idx": seq_idx, "cu_seqlens": cu_seqlens}
+        if not all(is_plain(linear, nn.Linear) for linear in (self.x_proj, self.out_proj)):
+            return self._by_parts(projected, starts, pack, conv_state, ssm_state)
+        result = mamba_inner(
+            projected.transpose(1, 2),
+            self.conv1d.weight.squeeze(1),
+            self.conv1d.bias,
+            self.x_proj.weight,
+            self.dt_proj.weight,
+            self.out_proj.weight,
+            self.out_proj.bias,
+            decay_rate(self.A_log),
+            D=self.D,
+            delta_bias=self.dt_proj.bias,
+            conv_state=starts["conv"],
+            initial_state=starts["scan"],
+            return_final_states=cache is not None,
+            **pack,
+        )
+        return carry(result, conv_state, ssm_state)
+
+    def _by_parts(
+        self,
+        projected: Tensor,
+        starts: dict[str, Tensor | None],
+        pack: dict[str, Any],
+        conv_state: Tensor | None,
+        ssm_state: Tensor | None,
+    ) -> Tensor:
+        """The same where a projection is more than its weight, such as one with a low-rank adapter."""
+        # split before transposing: the gradients are joined as they lie
+        inner, z = projected.chunk(2, dim=-1)
         u = carry(
             causal_conv1d(
                 inner.transpose(1, 2),
                 self.conv1d.weight.squeeze(1),
                 self.conv1d.bias,
                 "silu",
-                initial_state=None if conv_state is None else initial_state(conv_state, inner.dtype),
-                seq_idx=seq_idx,
-                cu_seqlens=cu_seqlens,
-                return_final_state=cache is not None,
+                initial_state=starts["conv"],
+                return_final_state=conv_state is not None,
+                **pack,
             ),
             conv_state,
         )
         dt, B, C = self.x_proj(u.transpose(1, 2)).split([self.dt_rank, self.d_state, self.d_state], dim=-1)
-        delta = F.linear(dt, self.dt_proj.weight)
         y = carry(
             selective_scan(
                 u,
-                delta.transpose(1, 2),
+                F.linear(dt, self.dt_proj.weight).transpose(1, 2),
                 decay_rate(self.A_log),
                 B.transpose(1, 2),
                 C.transpose(1, 2),
@@ -152,10 +185,9 @@ class Mamba(nn.Module):
                 z.transpose(1, 2),
                 self.dt_proj.bias,
                 True,
-                initial_state=None if ssm_state is None else initial_state(ssm_state, ssm_state.dtype),
-                seq_idx=seq_idx,
-                cu_seqlens=cu_seqlens,
-                return_final_state=cache is not None,
+                initial_state=starts["scan"],
+                return_final_state=conv_state is not None,
+                **pack,
             ),
             ssm_state,
         )

@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..causal_conv1d import causal_conv1d
+from ..mamba_split_conv1d_scan import mamba_split_conv1d_scan
 from ..ssd import ssd
 from ..state_update import causal_conv1d_update, ssd_state_update
 from .cache import LayerCache, carry, check_sequence, decay_rate, initial_state
 from .init import Device, depthwise_conv, no_weight_decay, random_step_bias
 from .norm import RMSNormGated
-from .token import project, token_rows
+from .token import is_plain, project, token_rows
 
 
 class Mamba2(nn.Module):
@@ -171,18 +173,57 @@ class Mamba2(nn.Module):
             (b, l, d_model).
         """
         check_sequence("Mamba2", x, self.d_model)
-        *mlp, z, xBC, dt = self.in_proj(x).split(self._split, dim=-1)
-        conv_state, ssm_state = (cache.conv_state, cache.ssm_state) if cache is not None else (None, None)
+        projected = self.in_proj(x)
+        conv_state, ssm_state = (None, None) if cache is None else (cache.conv_state, cache.ssm_state)
+        starts = {
+            "conv": None if conv_state is None else initial_state(conv_state, projected.dtype),
+            "scan": None if ssm_state is None else initial_state(ssm_state, ssm_state.dtype),
+        }
+        pack: dict[str, Any] = {"seq_idx": seq_idx, "cu_seqlens": cu_seqlens}
+        plain_norm = not self.rmsnorm or is_plain(self.norm, RMSNormGated)
+        if not (plain_norm and is_plain(self.out_proj, nn.Linear)):
+            return self._by_parts(projected, starts, pack, conv_state, ssm_state)
+        result = mamba_split_conv1d_scan(
+            projected,
+            self.conv1d.weight.squeeze(1),
+            self.conv1d.bias,
+            self.dt_bias,
+            decay_rate(self.A_log),
+            self._skip(),
+            headdim=self.headdim,
+            ngroups=self.ngroups,
+            dt_limit=self.dt_limit,
+            rmsnorm_weight=self.norm.weight if self.rmsnorm else None,
+            rmsnorm_eps=self.norm.eps if self.rmsnorm else 1e-5,
+            norm_before_gate=self.norm_before_gate,
+            outproj_weight=self.out_proj.weight,
+            outproj_bias=self.out_proj.bias,
+            conv_state=starts["conv"],
+            initial_state=starts["scan"],
+            return_final_states=cache is not None,
+            **pack,
+        )
+        return carry(result, conv_state, ssm_state)
+
+    def _by_parts(
+        self,
+        projected: Tensor,
+        starts: dict[str, Tensor | None],
+        pack: dict[str, Any],
+        conv_state: Tensor | None,
+        ssm_state: Tensor | None,
+    ) -> Tensor:
+        """The same where the projection or the norm is more than its weight, as with a low-rank adapter."""
+        *mlp, z, xBC, dt = torch.split(projected, self._split, dim=-1)
         xBC = carry(
             causal_conv1d(
                 xBC.transpose(1, 2),
                 self.conv1d.weight.squeeze(1),
                 self.conv1d.bias,
                 "silu",
-                initial_state=None if conv_state is None else initial_state(conv_state, xBC.dtype),
-                seq_idx=seq_idx,
-                cu_seqlens=cu_seqlens,
-                return_final_state=cache is not None,
+                initial_state=starts["conv"],
+                return_final_state=conv_state is not None,
+                **pack,
             ),
             conv_state,
         )
@@ -199,10 +240,9 @@ class Mamba2(nn.Module):
                 self.dt_bias,
                 True,
                 self.dt_limit,
-                initial_state=None if ssm_state is None else initial_state(ssm_state, ssm_state.dtype),
-                seq_idx=seq_idx,
-                cu_seqlens=cu_seqlens,
-                return_final_state=cache is not None,
+                initial_state=starts["scan"],
+                return_final_state=conv_state is not None,
+                **pack,
             ),
             ssm_state,
         )

@@ -1,9 +1,13 @@
-"""What one-token steps need beside the operators: a check of the input, and a fast product of few rows."""
+"""What layers need beside the operators: a check of a token, a fast product of few rows, plain modules."""
 
 from __future__ import annotations
 
+from typing import TypeGuard, TypeVar
+
 import torch
 from torch import Tensor, nn
+
+M = TypeVar("M", bound=nn.Module)
 
 
 def token_rows(name: str, x: Tensor, d_model: int) -> Tensor:
@@ -11,6 +15,12 @@ def token_rows(name: str, x: Tensor, d_model: int) -> Tensor:
     if x.dim() not in (2, 3) or x.shape[-1] != d_model or (x.dim() == 3 and x.shape[1] != 1):
         raise ValueError(f"{name}: x must be (b, {d_model}) or (b, 1, {d_model}), got {tuple(x.shape)}")
     return x.flatten(0, -2)
+
+
+def is_plain(module: nn.Module, kind: type[M]) -> TypeGuard[M]:
+    """Whether module does what its class does and no more: no subclass, adapter, parametrization or hook."""
+    hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks)
+    return type(module) is kind and not any(hooks) and not module._backward_pre_hooks
 
 
 def project(linear: nn.Module, x: Tensor) -> Tensor:
@@ -21,14 +31,12 @@ def project(linear: nn.Module, x: Tensor) -> Tensor:
     weights). As a batch of row blocks of the weight the same product runs on every thread (0.45 ms).
     """
     if (
-        type(linear) is not nn.Linear
+        not is_plain(linear, nn.Linear)
         or not 1 <= x.shape[0] <= 3
         or x.dtype != torch.float32
         or not x.is_cpu
         or linear.weight.numel() < 1 << 18
         or linear.out_features % 8
-        or linear._forward_hooks
-        or linear._forward_pre_hooks
         or torch.is_autocast_enabled("cpu")
     ):
         out: Tensor = linear(x)
