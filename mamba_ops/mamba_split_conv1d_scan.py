@@ -49,6 +49,7 @@ def mamba_split_conv1d_scan(
     initial_state: Tensor | None = None,
     seq_idx: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
+    mask_negative: bool = False,
     return_final_states: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor, Tensor]:
     """Convolution, chunked SSD, gate, norm and output projection, recomputed in the backward.
@@ -77,6 +78,7 @@ def mamba_split_conv1d_scan(
         conv_state, initial_state: (b, d + 2 g n, w - 1), (b, h, p, n): states before the first token, a row
             per sequence with cu_seqlens.
         seq_idx, cu_seqlens: packed sequences, as for `ssd`.
+        mask_negative: tokens whose seq_idx is negative are padding: they leave the convolution as zeros.
         return_final_states: also return the two states after the last token.
 
     Returns:
@@ -106,8 +108,9 @@ def mamba_split_conv1d_scan(
     scan = (conv1d_weight, conv1d_bias, dt_bias, A, D)
     ends = (rmsnorm_weight, outproj_weight, outproj_bias, conv_state, initial_state, seq_idx, cu_seqlens)
     limits = (float(dt_limit[0]), float(dt_limit[1]))
-    options = (headdim, ngroups, silu, *limits, rmsnorm_eps, norm_before_gate, chunk_size)
-    out, *states = _fwd(zxbcdt, *scan, *ends, *options, return_final_states)
+    norm = (rmsnorm_eps, norm_before_gate)
+    options = (headdim, ngroups, silu, *limits, *norm, chunk_size, mask_negative, return_final_states)
+    out, *states = _fwd(zxbcdt, *scan, *ends, *options)
     return (out, *states) if return_final_states else out
 
 
@@ -135,11 +138,17 @@ class _Arguments(NamedTuple):
     rmsnorm_eps: float
     norm_before_gate: bool
     chunk_size: int | None
+    mask_negative: bool
     return_final_states: bool
 
     @property
     def d(self) -> int:
         return self.A.shape[0] * self.headdim
+
+    @property
+    def padding(self) -> Tensor | None:
+        """Which tokens leave the convolution as zeros (b, 1, l)."""
+        return self.seq_idx[:, None] < 0 if self.mask_negative and self.seq_idx is not None else None
 
     @property
     def sizes(self) -> list[int]:
@@ -197,6 +206,8 @@ def _inside(a: _Arguments) -> _Inside:
     conved, conv_state = _conv_fwd(
         xBC, a.conv1d_weight, a.conv1d_bias, *states, a.silu, a.return_final_states
     )
+    if a.padding is not None:
+        conved = conved.masked_fill(a.padding, 0)
     h, p, g = a.A.shape[0], a.headdim, a.ngroups
     x, BC = torch.split(conved.transpose(1, 2), [a.d, conved.shape[1] - a.d], dim=-1)
     B, C = BC.view(*BC.shape[:-1], 2, g, BC.shape[-1] // (2 * g)).unbind(2)
@@ -235,7 +246,7 @@ _fwd = define(
     "Tensor A, Tensor? D, Tensor? rmsnorm_weight, Tensor? outproj_weight, Tensor? outproj_bias, "
     "Tensor? conv_state, Tensor? initial_state, Tensor? seq_idx, Tensor? cu_seqlens, SymInt headdim, "
     "SymInt ngroups, bool silu, float dt_min, float dt_max, float rmsnorm_eps, bool norm_before_gate, "
-    "SymInt? chunk_size, bool return_final_states) -> (Tensor, Tensor, Tensor)",
+    "SymInt? chunk_size, bool mask_negative, bool return_final_states) -> (Tensor, Tensor, Tensor)",
     _forward,
 )
 
@@ -284,6 +295,8 @@ def _backward(
     dz = dgate.flatten(-2) if dz is None else dz
     dxBC = torch.cat([dx.flatten(-2), dB.flatten(-2), dC.flatten(-2)], dim=-1).transpose(1, 2)
     del dx, dB, dC, dy
+    if a.padding is not None:
+        dxBC = dxBC.masked_fill(a.padding, 0)
     dxBC, dconv_weight, dconv_bias, dconv_initial = _conv_bwd(
         dxBC,
         dconv_state,
@@ -301,7 +314,7 @@ def _backward(
     grads: list[Tensor | None] = [torch.cat(parts, dim=-1), dconv_weight, dconv_bias, ddt_bias, dA, dD]
     grads += [drmsnorm_weight, doutproj_weight, doutproj_bias, dconv_initial, dinitial]
     kept = [grad if given is not None else None for grad, given in zip(grads, a, strict=False)]
-    return (*kept, *[None] * 11)
+    return (*kept, *[None] * 12)
 
 
 torch.library.register_autograd(

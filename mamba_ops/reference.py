@@ -310,6 +310,7 @@ def mamba_split_conv1d_scan(
     initial_state: Tensor | None = None,
     seq_idx: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
+    mask_negative: bool = False,
     return_final_states: bool = False,
 ) -> Any:
     """A Mamba-2 layer behind its input projection: convolution, SSD, norm and gate, output projection.
@@ -327,6 +328,8 @@ def mamba_split_conv1d_scan(
     xBC, conv_state = causal_conv1d(
         xBC.mT, conv1d_weight, conv1d_bias, activation, initial_state=conv_state, **pack
     )
+    if mask_negative and seq_idx is not None:
+        xBC = xBC.masked_fill(seq_idx[:, None] < 0, 0)
     x, B, C = torch.split(xBC.mT, [d, (conv - d) // 2, (conv - d) // 2], -1)
     b, l, _ = zxbcdt.shape
     x, B, C = x.reshape(b, l, h, p), *(M.reshape(b, l, ngroups, M.shape[2] // ngroups) for M in (B, C))

@@ -27,6 +27,7 @@ SPLIT_OPTIONS = (
     "dt_bias",
     "D",
     "dt_limit",
+    "mask_negative",
     "rmsnorm_weight",
     "outproj_weight",
     "outproj_bias",
@@ -139,6 +140,8 @@ def mamba_split_conv1d_scan(
         inputs["D"] = draw.parameter(draw.normal(*((h, p) if D_per_channel else (h,))))
     if "dt_limit" in options:
         inputs["dt_limit"] = LIMITS[decay]
+    if "mask_negative" in options:
+        inputs["mask_negative"] = True
     if "rmsnorm_weight" in options:
         inputs["rmsnorm_weight"] = draw.parameter(1 + 0.3 * draw.normal(d))
     if "outproj_weight" in options:

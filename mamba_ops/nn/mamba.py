@@ -123,7 +123,16 @@ class Mamba(nn.Module):
             (b, l, d_model).
         """
         check_sequence("Mamba", x, self.d_model)
-        projected = self.in_proj(x)
+        return self._mix(self.in_proj(x), cache, seq_idx, cu_seqlens)
+
+    def _mix(
+        self,
+        projected: Tensor,
+        cache: LayerCache | None,
+        seq_idx: Tensor | None = None,
+        cu_seqlens: Tensor | None = None,
+    ) -> Tensor:
+        """What `forward` does with the output of in_proj."""
         conv_state, ssm_state = (None, None) if cache is None else (cache.conv_state, cache.ssm_state)
         starts = {
             "conv": None if conv_state is None else initial_state(conv_state, projected.dtype),

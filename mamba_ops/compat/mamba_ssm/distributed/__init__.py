@@ -1,0 +1,1 @@
+"""mamba_ssm.distributed on mamba_ops' operators."""

@@ -1,0 +1,1 @@
+"""mamba_ssm.models on mamba_ops' operators."""
