@@ -207,7 +207,7 @@ def _inside(a: _Arguments) -> _Inside:
         xBC, a.conv1d_weight, a.conv1d_bias, *states, a.silu, a.return_final_states
     )
     if a.padding is not None:
-        conved = conved.masked_fill(a.padding, 0)
+        conved = torch.where(a.padding, 0, conved)
     h, p, g = a.A.shape[0], a.headdim, a.ngroups
     x, BC = torch.split(conved.transpose(1, 2), [a.d, conved.shape[1] - a.d], dim=-1)
     B, C = BC.view(*BC.shape[:-1], 2, g, BC.shape[-1] // (2 * g)).unbind(2)
@@ -296,7 +296,7 @@ def _backward(
     dxBC = torch.cat([dx.flatten(-2), dB.flatten(-2), dC.flatten(-2)], dim=-1).transpose(1, 2)
     del dx, dB, dC, dy
     if a.padding is not None:
-        dxBC = dxBC.masked_fill(a.padding, 0)
+        dxBC = torch.where(a.padding, 0, dxBC)
     dxBC, dconv_weight, dconv_bias, dconv_initial = _conv_bwd(
         dxBC,
         dconv_state,

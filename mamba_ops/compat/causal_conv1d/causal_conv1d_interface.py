@@ -53,7 +53,7 @@ def causal_conv1d_fn(
         return_final_state=return_final_states,
     )
     if isinstance(result, Tensor):
-        return result if seq_idx is None else result.masked_fill(seq_idx[:, None] < 0, 0)
+        return result if seq_idx is None else torch.where(seq_idx[:, None] < 0, 0, result)
     out, state = result
     if final_states_out is not None:
         return out, final_states_out.copy_(state)

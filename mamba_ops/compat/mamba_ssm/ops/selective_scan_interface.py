@@ -42,6 +42,24 @@ def selective_scan_fn(
     Raises:
         RuntimeError: shapes, dtypes or devices disagree.
     """
+    scan = (u, delta, A, B, C, D, z, delta_bias, delta_softplus)
+    return packed_selective_scan(None, *scan, return_last_state)
+
+
+def packed_selective_scan(
+    seq_idx: Tensor | None,
+    u: Tensor,
+    delta: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None = None,
+    z: Tensor | None = None,
+    delta_bias: Tensor | None = None,
+    delta_softplus: bool | None = False,
+    return_last_state: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """`selective_scan_fn` whose state is reset where neighbours in seq_idx (batch, seqlen) differ."""
     result = selective_scan(
         u,
         delta,
@@ -52,6 +70,7 @@ def selective_scan_fn(
         z,
         delta_bias,
         bool(delta_softplus),
+        seq_idx=seq_idx,
         return_final_state=return_last_state,
     )
     like = delta if z is None else z

@@ -54,8 +54,8 @@ def layer_norm_fn(
     if weight1 is not None:
         outs.append(_norm(total, weight1, bias1, eps, is_rms_norm).to(x.dtype))
     if prenorm:
-        kept = residual.dtype if residual is not None else torch.float32 if residual_in_fp32 else x.dtype
-        outs.append(total.to(kept))
+        kept = _float(x).dtype if residual_in_fp32 else x.dtype
+        outs.append(total.to(kept if residual is None else residual.dtype))
     if return_dropout_mask:
         outs += [mask, mask1]
     first = outs[0]

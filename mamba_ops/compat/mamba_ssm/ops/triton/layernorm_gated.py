@@ -34,9 +34,10 @@ def rmsnorm_fn(
             x, _weight(weight, x), z, eps=eps, group_size=group_size, norm_before_gate=norm_before_gate
         )
     gate = z if norm_before_gate else None
-    inner = None if norm_before_gate or z is None else z.float()
-    y = rms_norm_gated(x.float(), weight.float(), inner, eps=eps, group_size=group_size) + bias.float()
-    return (y if gate is None else y * F.silu(gate.float())).to(x.dtype)
+    inner = None if norm_before_gate or z is None else _float(z)
+    x_ = _float(x)
+    y = rms_norm_gated(x_, _weight(weight, x_), inner, eps=eps, group_size=group_size) + bias
+    return (y if gate is None else y * F.silu(_float(gate))).to(x.dtype)
 
 
 def layernorm_fn(

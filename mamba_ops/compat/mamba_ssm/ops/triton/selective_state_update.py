@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -10,6 +11,8 @@ from torch import Tensor
 from ..... import reference, selective_scan, ssd, ssd_state_update
 from ..... import selective_state_update as _scan_update
 from ..selective_scan_interface import upcast
+
+_NO_LIMIT = (-math.inf, math.inf)
 
 
 def selective_state_update(
@@ -84,7 +87,8 @@ def _by_heads(
     rates = (A[:, 0, 0], B, C, D)
     bias = None if dt_bias is None else dt_bias[:, 0]
     if not recording or indices is not None:
-        return ssd_state_update(state, x, dt[..., 0], *rates, z, bias, softplus, state_indices=indices)
+        steps = (bias, softplus, _NO_LIMIT)
+        return ssd_state_update(state, x, dt[..., 0], *rates, z, *steps, state_indices=indices)
     gate = None if z is None else z[:, None]
     y, final = ssd(
         x[:, None],
@@ -96,6 +100,7 @@ def _by_heads(
         gate,
         bias,
         softplus,
+        _NO_LIMIT,
         initial_state=state.clone(),
         return_final_state=True,
     )
