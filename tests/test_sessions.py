@@ -227,9 +227,15 @@ def test_bad_input() -> None:
 def test_a_session_without_room() -> None:
     session = Session(make("zamba"), 2, max_length=5)
     session.extend([[1, 2, 3], [1]])
+    expected = session.cache.clone().tensors()
+    for tokens in ([[1, 2, 3], [1, 1, 1]], [[1], [1, 2, 3]]):
+        with pytest.raises(ValueError, match=r"room for 5 tokens, got 3 \+ 3"):
+            session.extend(tokens)
+    got = session.cache.tensors()  # nothing has changed, in the layers before the attention either
+    assert all(torch.equal(got[name], t) for name, t in expected.items())
     session.step(torch.tensor([1, 1]))
     session.step(torch.tensor([1, 1]))
-    with pytest.raises(ValueError, match="room for 5 tokens"):
+    with pytest.raises(ValueError, match=r"room for 5 tokens, got 5 \+ 1"):
         session.step(torch.tensor([1, 1]))
 
 

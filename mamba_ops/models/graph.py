@@ -36,9 +36,11 @@ class StepGraph:
 
     def step(self, tokens: Tensor) -> Tensor:
         """As model.step; the logits are overwritten by the next call."""
-        for cache in self._cache:
-            if isinstance(cache, AttentionCache):
-                cache.claim(1)
+        caches = [cache for cache in self._cache if isinstance(cache, AttentionCache)]
+        for cache in caches:
+            cache.require(1)
+        for cache in caches:
+            cache.claim(1)
         self._tokens.copy_(tokens)
         self._graph.replay()
         return self._logits

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from ..nn import Attention, AttentionCache, Cache, GatedMLP, LayerCache, Mamba, Mamba2, RMSNormGated
 from ..nn.init import Device
@@ -29,6 +30,15 @@ class Pass:
     seq_idx: Tensor | None = None
     cu_seqlens: Tensor | None = None
     one_token: bool = False
+
+    def check_room(self, l: int) -> None:
+        """Raises where l tokens a row, or those of the pack, do not fit: before any state has changed."""
+        caches = [] if self.cache is None else [c for c in self.cache if isinstance(c, AttentionCache)]
+        limited = [cache for cache in caches if not cache.windowed]
+        if limited and self.cu_seqlens is not None:
+            l = int(F.pad(self.cu_seqlens.diff(), (0, 1)).max())
+        for cache in limited:
+            cache.require(l)
 
     def mix(self, mixer: nn.Module, x: Tensor, cache: Cache | None) -> Tensor:
         out: Tensor
@@ -113,6 +123,7 @@ class Backbone(nn.Module):
         self.norm_f = Norm(config.d_model, eps=config.norm_eps, device=device, dtype=dtype)
 
     def forward(self, tokens: Tensor, way: Pass) -> Tensor:
+        way.check_room(1 if way.one_token else tokens.shape[-1])
         x: Tensor = self.embedding(tokens)
         if self.config.residual_in_fp32:
             x = x.to(torch.promote_types(x.dtype, torch.float32))

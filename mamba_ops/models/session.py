@@ -92,7 +92,8 @@ class Session:
         """
         rows = self._rows(prompts)
         if self.pending is not None:
-            rows = [torch.cat([t[None].cpu(), row]) for t, row in zip(self.pending, rows, strict=True)]
+            drawn = torch.split(self.pending.cpu(), 1)
+            rows = [torch.cat(pair) for pair in zip(drawn, rows, strict=True)]
         if self.logits is not None and not any(map(len, rows)):
             return self.logits
         for i, row in enumerate(rows):

@@ -118,13 +118,17 @@ class AttentionCache(Cache):
         super().put(rows, other)
         self.seen = max(self.seen, other.seen)
 
-    def claim(self, tokens: int) -> None:
-        """Notes that every sequence goes on by at most so many tokens. Raises ValueError without room."""
+    def require(self, tokens: int) -> None:
+        """Raises ValueError unless there is room for so many further tokens of every sequence."""
         if not self.windowed and self.seen + tokens > self.capacity:
             raise ValueError(
                 f"Attention: the cache has room for {self.capacity} tokens, got {self.seen} + {tokens}; "
                 "allocate it with a larger max_length"
             )
+
+    def claim(self, tokens: int) -> None:
+        """Notes that every sequence goes on by at most so many tokens; raises as require."""
+        self.require(tokens)
         self.seen += tokens
 
     def positions(self) -> Tensor:
