@@ -10,6 +10,7 @@ except ImportError as error:
         "mamba_ops is found where Python runs outside the checkout"
     ) from error
 from . import reference
+from .add_norm import add_rms_norm
 from .causal_conv1d import causal_conv1d
 from .mamba_inner import mamba_inner
 from .mamba_split_conv1d_scan import mamba_split_conv1d_scan
@@ -24,6 +25,7 @@ __all__ = [
     "Mamba2",
     "RMSNormGated",
     "__version__",
+    "add_rms_norm",
     "build_info",
     "causal_conv1d",
     "causal_conv1d_update",

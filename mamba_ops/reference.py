@@ -232,6 +232,19 @@ def rms_norm_gated(
     return (y * gate if norm_before_gate else y).to(x.dtype)
 
 
+def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, *, eps: float = 1e-5) -> tuple[Tensor, Tensor]:
+    """Residual addition, then RMS norm of the sum as it is stored.
+
+    Returns:
+        y (..., d) in x's dtype, and the sum (..., d) in residual's.
+
+    >>> add_rms_norm(torch.tensor([1.0, -1.0]), torch.tensor([2.0, -2.0]), torch.ones(2), eps=0.0)
+    (tensor([ 1., -1.]), tensor([ 3., -3.]))
+    """
+    total = (residual + x).to(residual.dtype)
+    return rms_norm_gated(total, weight, eps=eps).to(x.dtype), total
+
+
 def mamba_inner(
     xz: Tensor,
     conv1d_weight: Tensor,

@@ -270,6 +270,26 @@ def rms_norm_gated(
     return inputs
 
 
+def add_rms_norm(
+    *shape: int,
+    dtype: torch.dtype = torch.float32,
+    residual: torch.dtype | None = None,
+    params: torch.dtype | None = None,
+    layout: str = "contiguous",
+    device: str = "cpu",
+    seed: int = 0,
+    **options: Any,
+) -> Inputs:
+    """residual: its dtype. options: eps as the operator takes it."""
+    draw = Draw(seed, dtype, params, device, layout)
+    return {
+        "x": draw.data(draw.normal(*(shape or (2, 8)))),
+        "residual": draw.data(3 * draw.normal(*(shape or (2, 8)))).to(residual or dtype),
+        "weight": draw.parameter(1 + 0.1 * draw.normal(shape[-1] if shape else 8)),
+        **options,
+    }
+
+
 def state_indices(draw: Draw, b: int, s: int, dtype: torch.dtype = torch.int32) -> Tensor:
     """b different rows of s in any order, every third replaced by -1."""
     rows = torch.randperm(s, generator=draw.generator)[:b]

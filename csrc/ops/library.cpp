@@ -53,6 +53,9 @@ STABLE_TORCH_LIBRARY(mamba_ops, m) {
       "rms_norm_gated_bwd(Tensor dy, Tensor x, Tensor weight, Tensor? z, float eps, SymInt group_size, "
       "bool norm_before_gate) -> (Tensor dx, Tensor dweight, Tensor dz)");
 
+  // x, residual, y, sum (..., d); weight (d)
+  m.def("add_rms_norm(Tensor x, Tensor residual, Tensor weight, float eps) -> (Tensor y, Tensor sum)");
+
   // One token, or t of them; state_indices (b): rows of the state, negative for padding.
   // x (b,d[,t]); state (s,d,k); weight (d,w); bias (d)
   m.def(
@@ -98,6 +101,7 @@ void no_cuda_kernel(const char* op) {
   MAMBA_IMPL(ssd_bwd);                \
   MAMBA_IMPL(rms_norm_gated_fwd);     \
   MAMBA_IMPL(rms_norm_gated_bwd);     \
+  MAMBA_IMPL(add_rms_norm);           \
   MAMBA_IMPL(causal_conv1d_update);   \
   MAMBA_IMPL(selective_state_update); \
   MAMBA_IMPL(ssd_state_update)

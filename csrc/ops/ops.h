@@ -30,6 +30,8 @@ Tensor rms_norm_gated_fwd(Tensor x, Tensor weight, OptTensor z, double eps, int6
 std::tuple<Tensor, Tensor, Tensor> rms_norm_gated_bwd(Tensor dy, Tensor x, Tensor weight, OptTensor z,
                                                       double eps, int64_t group_size, bool norm_before_gate);
 
+std::tuple<Tensor, Tensor> add_rms_norm(Tensor x, Tensor residual, Tensor weight, double eps);
+
 Tensor causal_conv1d_update(Tensor x, Tensor state, Tensor weight, OptTensor bias, OptTensor state_indices,
                             bool silu);
 Tensor selective_state_update(Tensor state, Tensor u, Tensor delta, Tensor A, Tensor B, Tensor C, OptTensor D,

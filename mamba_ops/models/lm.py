@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ..add_norm import add_rms_norm
 from ..nn import Attention, AttentionCache, Cache, GatedMLP, LayerCache, Mamba, Mamba2, RMSNormGated
 from ..nn.init import Device
 from ..nn.token import project
@@ -60,6 +61,12 @@ class Norm(RMSNormGated):
         y = super().forward(x, z)
         return y if x.dtype == self.weight.dtype else y.to(self.weight.dtype)
 
+    def add(self, out: Tensor | None, stream: Tensor) -> tuple[Tensor, Tensor]:
+        """Adds a layer's output to the stream: the normed sum for the next layer, and the sum."""
+        if out is None:  # before the first layer
+            return self(stream), stream
+        return add_rms_norm(out, stream, self.weight, eps=self.eps)
+
 
 class SharedBlock(nn.Module):
     """mlp(norm2(attention(norm([x, embedding])))): one set of weights for all the blocks that it runs before.
@@ -85,7 +92,8 @@ class SharedBlock(nn.Module):
 class Block(nn.Module):
     """x + mixer(norm(x + shared_proj(s))), then x + mlp(norm2(x)), as far as the block has these parts.
 
-    s is what the shared block has made of x: it enters the mixer, not the residual stream.
+    s is what the shared block has made of x: it enters the mixer, not the residual stream. The last addition
+    is left to the next norm, which does both in one pass.
     """
 
     def __init__(self, config: LMConfig, index: int, device: Device, dtype: torch.dtype | None) -> None:
@@ -102,12 +110,19 @@ class Block(nn.Module):
             self.norm2 = Norm(d, eps=eps, device=device, dtype=dtype)
             self.mlp = GatedMLP(d, config.d_intermediate, device=device, dtype=dtype)
 
-    def forward(self, x: Tensor, shared: Tensor | None, way: Pass, cache: Cache | None) -> Tensor:
-        inputs = x if shared is None else x + self.shared_proj(shared)
-        x = x + way.mix(self.mixer, self.norm(inputs), cache)
+    def forward(
+        self, out: Tensor | None, stream: Tensor, shared: Tensor | None, way: Pass, cache: Cache | None
+    ) -> tuple[Tensor, Tensor]:
+        """From the last layer's output and the stream without it to the same after this block."""
+        if shared is None:
+            normed, stream = self.norm.add(out, stream)
+        else:
+            normed, _ = self.norm.add(self.shared_proj(shared), stream)
+        out = way.mix(self.mixer, normed, cache)
         if self.has_mlp:
-            x = x + way.transform(self.mlp, self.norm2(x))
-        return x
+            normed, stream = self.norm2.add(out, stream)
+            out = way.transform(self.mlp, normed)
+        return out, stream
 
 
 class Backbone(nn.Module):
@@ -124,17 +139,18 @@ class Backbone(nn.Module):
 
     def forward(self, tokens: Tensor, way: Pass) -> Tensor:
         way.check_room(1 if way.one_token else tokens.shape[-1])
-        x: Tensor = self.embedding(tokens)
+        stream: Tensor = self.embedding(tokens)
         if self.config.residual_in_fp32:
-            x = x.to(torch.promote_types(x.dtype, torch.float32))
-        embedded, cache = x, way.cache
+            stream = stream.to(torch.promote_types(stream.dtype, torch.float32))
+        embedded, cache = stream, way.cache
+        out: Tensor | None = None
         for i, block in enumerate(self.layers):
             shared = None
             if i in self.config.shared_layer_idx:
-                shared = self.shared(x, embedded, way, None if cache is None else cache.shared[i])
-            x = block(x, shared, way, None if cache is None else cache.mixers[i])
-        out: Tensor = self.norm_f(x)
-        return out
+                out, stream = None, stream if out is None else stream + out
+                shared = self.shared(stream, embedded, way, None if cache is None else cache.shared[i])
+            out, stream = block(out, stream, shared, way, None if cache is None else cache.mixers[i])
+        return self.norm_f.add(out, stream)[0]
 
 
 class LanguageModel(nn.Module):

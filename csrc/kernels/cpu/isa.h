@@ -4,6 +4,7 @@
 #include <string>
 #include <vector>
 
+#include "kernels/add_norm.h"
 #include "kernels/causal_conv1d.h"
 #include "kernels/norm.h"
 #include "kernels/selective_scan.h"
@@ -45,6 +46,9 @@ struct Kernels {
   void (*rms_norm_gated_fwd)(const NormFwd&, int64_t begin, int64_t end, void* scratch);
   void (*rms_norm_gated_bwd)(const NormBwd&, int64_t begin, int64_t end, void* scratch);
   void (*rms_norm_gated_reduce)(const NormBwd&);
+
+  int64_t (*add_rms_norm_scratch)(const AddNorm&);
+  void (*add_rms_norm)(const AddNorm&, int64_t begin, int64_t end, void* scratch);
 
   void (*causal_conv1d_update)(const ConvUpdate&, int64_t begin, int64_t end, void* scratch);
   int64_t (*selective_state_update_scratch)(const ScanUpdate&);

@@ -1,4 +1,5 @@
 // The CPU kernels for one instruction set: compiled with its flags and its name in MAMBA_ISA.
+#include "kernels/cpu/add_norm.h"
 #include "kernels/cpu/causal_conv1d.h"
 #include "kernels/cpu/isa.h"
 #include "kernels/cpu/norm.h"
@@ -42,6 +43,8 @@ constexpr Kernels<R> kernels() {
       .rms_norm_gated_fwd = rms_norm_gated_fwd<R>,
       .rms_norm_gated_bwd = rms_norm_gated_bwd<R>,
       .rms_norm_gated_reduce = rms_norm_gated_reduce<R>,
+      .add_rms_norm_scratch = add_norm_scratch_bytes<R>,
+      .add_rms_norm = add_rms_norm<R>,
       .causal_conv1d_update = causal_conv1d_update<R>,
       .selective_state_update_scratch = scan_update_scratch_bytes<R>,
       .selective_state_update = selective_state_update<R>,
