@@ -142,6 +142,18 @@ def test_cache_and_packs(layer: Attention) -> None:
         close(layer(rows[0].expand(3, -1, -1), cache=cache), wholes[0].expand(3, -1, -1))
 
 
+def test_no_sequences(layer: Attention) -> None:
+    x, cache = inputs(0, 9), fresh(layer, 0)
+    with torch.no_grad():
+        for out in (layer(x), layer(x, cache=cache), layer(x, cache=cache)):
+            assert out.shape == (0, 9, layer.out_proj.out_features)
+        assert layer.step(x[:, 0], cache).shape == (0, layer.out_proj.out_features)
+        empty = layer(inputs(1, 0), cache=fresh(layer, 2), cu_seqlens=torch.tensor([0, 0, 0]))
+    assert empty.shape == (1, 0, layer.out_proj.out_features)
+    with pytest.raises(ValueError, match="with s >= 1 and batch 1"):
+        layer(inputs(1, 0), cu_seqlens=torch.tensor([0]))
+
+
 def test_a_full_cache_says_so() -> None:
     layer = Attention(16, 2)
     cache = layer.allocate_cache(1, max_length=3)

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from ..add_norm import add_rms_norm
 from ..nn import Attention, AttentionCache, Cache, GatedMLP, LayerCache, Mamba, Mamba2, RMSNormGated
@@ -36,8 +35,8 @@ class Pass:
         """Raises where l tokens a row, or those of the pack, do not fit: before any state has changed."""
         caches = [] if self.cache is None else [c for c in self.cache if isinstance(c, AttentionCache)]
         limited = [cache for cache in caches if not cache.windowed]
-        if limited and self.cu_seqlens is not None:
-            l = int(F.pad(self.cu_seqlens.diff(), (0, 1)).max())
+        if limited and self.cu_seqlens is not None and len(self.cu_seqlens) > 1:
+            l = int(self.cu_seqlens.diff().max())
         for cache in limited:
             cache.require(l)
 

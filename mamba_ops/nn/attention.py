@@ -147,7 +147,8 @@ class Attention(nn.Module):
             if cache.batch_size != rows:
                 raise ValueError(f"Attention: the cache must have {rows} rows, got {cache.batch_size}")
             earlier = cache.seen > 0
-            cache.claim(l if pack is None or cache.windowed else int(pack.diff().max()) if rows else 0)
+            longest = l if pack is None or cache.windowed else int(pack.diff().max())
+            cache.claim(longest)
         qkv, mlp = self._split(self.in_proj(x))
         if self.d_conv:
             qkv = self._convolved(qkv, cache, seq_idx, cu_seqlens)
@@ -188,7 +189,7 @@ class Attention(nn.Module):
         keys, values = (t[:, :, :used].to(q.dtype) for t in (cache.keys, cache.values))
         out = self._attention(q, keys, values, filled[:, None, None])
         out = self._output(out.flatten(1), mlp, lambda y: project(self.out_proj, y))
-        return out.reshape(*x.shape[:-1], -1)
+        return out if x.dim() == 2 else out[:, None]
 
     def allocate_cache(
         self,
@@ -275,9 +276,9 @@ class Attention(nn.Module):
 
     def _attend_blocks(self, q: Tensor, k: Tensor, v: Tensor, w: int) -> Tensor:
         """A window of w over blocks of w tokens: each block attends to itself and the one before."""
-        b, _, l, p = q.shape
+        b, h, l, p = q.shape
         blocks = -(-l // w)
-        q, k, v = (F.pad(t, (0, 0, 0, blocks * w - l)).view(b, -1, blocks, w, p) for t in (q, k, v))
+        q, k, v = (F.pad(t, (0, 0, 0, blocks * w - l)).view(b, t.shape[1], blocks, w, p) for t in (q, k, v))
         k, v = (torch.cat([F.pad(t, (0, 0, 0, 0, 1, 0))[:, :, :-1], t], dim=3) for t in (k, v))
         start = torch.arange(blocks, device=q.device)[:, None] * w
         query = start + torch.arange(w, device=q.device)
@@ -285,7 +286,7 @@ class Attention(nn.Module):
         seen = (self._reach(query, key) & (key >= 0)[:, None]).expand(b, -1, -1, -1)
         q, k, v = (t.transpose(1, 2).flatten(0, 1) for t in (q, k, v))  # a batch of b * blocks
         out = self._attention(q, k, v, seen.flatten(0, 1)[:, None])
-        return out.view(b, blocks, -1, w, p).transpose(1, 2).reshape(b, -1, blocks * w, p)[:, :, :l]
+        return out.view(b, blocks, h, w, p).transpose(1, 2).reshape(b, h, blocks * w, p)[:, :, :l]
 
     def _attend_all(
         self,
@@ -332,13 +333,11 @@ class Attention(nn.Module):
 
 def _checked(cu_seqlens: Tensor, b: int, l: int, device: torch.device) -> Tensor:
     """cu_seqlens as int64, checked as far as the host can see it."""
-    if b != 1 or cu_seqlens.dim() != 1 or len(cu_seqlens) < 1 or cu_seqlens.is_floating_point():
+    if b != 1 or cu_seqlens.dim() != 1 or len(cu_seqlens) < 2 or cu_seqlens.is_floating_point():
         raise ValueError(
-            f"Attention: cu_seqlens must be (s + 1,) integers with batch 1, got {tuple(cu_seqlens.shape)} "
-            f"{cu_seqlens.dtype} with batch {b}"
+            "Attention: cu_seqlens must be (s + 1,) integers with s >= 1 and batch 1, got "
+            f"{tuple(cu_seqlens.shape)} {cu_seqlens.dtype} with batch {b}"
         )
-    if len(cu_seqlens) == 1 and l:
-        raise ValueError(f"Attention: cu_seqlens must rise to l = {l}, got no sequence")
     if cu_seqlens.is_cpu:
         ends = cu_seqlens.tolist()
         if ends[0] != 0 or ends[-1] != l or sorted(ends) != ends:
@@ -357,7 +356,7 @@ def _places(
     """(b, l) sequence of each token, None for one a row; and (b, l) or (1, l) its position there."""
     token = torch.arange(l, device=device)
     if pack is not None:
-        sequence = torch.searchsorted(pack[1:], token, right=True).clamp(0, max(len(pack) - 2, 0))
+        sequence = torch.searchsorted(pack[1:], token, right=True).clamp(0, len(pack) - 2)
         start = pack[:-1] if cache is None else pack[:-1] - cache.length
         return sequence[None], (token - start[sequence])[None]
     if seq_idx is not None:  # positions count on across sequences: only distances within one matter
