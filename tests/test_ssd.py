@@ -10,11 +10,12 @@ from hypothesis import strategies as st
 import mamba_ops
 from tests import cases
 from tests.cases import SSD_OPTIONS
-from tests.compare import check
+from tests.compare import check, evaluate
 
 OPERATOR = "ssd"
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 WITHOUT_LIMIT = tuple(option for option in SSD_OPTIONS if option != "dt_limit")
+WITHOUT_GATE = tuple(option for option in WITHOUT_LIMIT if option != "z")
 
 
 @pytest.mark.parametrize("decay", ["weak", "strong"])
@@ -118,6 +119,35 @@ def test_head_and_state_sizes(device: str, dtype: torch.dtype, size: int) -> Non
 def test_the_sizes_of_a_layer(device: str, dtype: torch.dtype) -> None:
     options = {"options": WITHOUT_LIMIT, "dtype": dtype, "device": device}
     check(OPERATOR, cases.ssd(1, 150, 3, 64, 128, **options))
+
+
+@pytest.mark.parametrize("decay", ["weak", "strong"])
+@pytest.mark.parametrize("l", [1, 64, 129, 200])
+@pytest.mark.parametrize("n", [64, 128])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_tiles_of_tensor_cores(device: str, dtype: torch.dtype, n: int, l: int, decay: str) -> None:
+    """The sizes and options for which Hopper has a backward of its own."""
+    options = {"options": WITHOUT_GATE, "decay": decay, "dtype": dtype, "device": device}
+    check(OPERATOR, cases.ssd(2, l, 3, 64, n, **options))
+
+
+@pytest.mark.parametrize("groups", [1, 2, 6])
+@pytest.mark.parametrize("D_per_channel", [False, True])
+@pytest.mark.parametrize("params", [torch.float32, torch.bfloat16])
+def test_groups_and_layouts_of_tensor_cores(
+    device: str, params: torch.dtype, D_per_channel: bool, groups: int
+) -> None:
+    options = {"options": WITHOUT_GATE, "dtype": torch.bfloat16, "params": params, "device": device}
+    options |= {"groups": (groups, groups), "D_per_channel": D_per_channel, "layout": "projected"}
+    inputs = cases.ssd(2, 150, 6, 64, 64, **options)
+    check(OPERATOR, inputs)
+    check(OPERATOR, inputs | {"dt": inputs["dt"].float()})
+
+
+def test_tensor_cores_repeat_bitwise(device: str) -> None:
+    inputs = cases.ssd(1, 300, 6, 64, 128, options=WITHOUT_GATE, dtype=torch.bfloat16, device=device)
+    first, second = (evaluate(mamba_ops.ssd, inputs, ("y", "final_state")) for _ in range(2))
+    assert all(torch.equal(first[name], second[name]) for name in first)
 
 
 @pytest.mark.parametrize("params", [torch.float32, torch.bfloat16])

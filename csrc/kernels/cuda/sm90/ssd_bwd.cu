@@ -1,11 +1,264 @@
+// SSD, backward on Hopper (math: kernels/ssd.h and, step by step, the headers of the launches). p = 64, n =
+// 64 or 128, bfloat16 or float16, whole rows as sequences; other calls are the portable kernels'.
+//
+// Four launches, nothing saved but the inputs:
+//   steps    delta and the sums s of every token (and D in float32), so that no other launch reads dt
+//   states   H at the left edge of every chunk of 128 tokens by the forward recurrence, the gradient G of the
+//            state at its right edge by the reversed one, in 16 bits
+//   chunks   a block of heads and 64 tokens at a time: dx; dB, dC, the sums for the steps, per block of heads
+//   reduce   ddt, and the sums over tokens (dA, ddt_bias, dD) and over blocks of heads (dB, dC)
+//
+// Chunks are 128 tokens for the states, which halves their traffic, and 64 for everything else, so that what
+// the heads of a group add up to (dB, dC, dCB) fits in registers.
+//
+// Budget per head and 64 tokens, n = 128, 16-bit values:
+//   memory     x, dy twice, dx, H and G written and read: 9 tiles of 8 KiB, and 1.5 KiB of float32 sums
+//   products   states 2 x 8 units of 64 x 64 x 16 (32 cycles each), chunks 48: 2048 cycles in all
+//   shared     chunks: 57 KiB loaded, 160 KiB read by products, 120 KiB as fragments, CB, P and dx: at 128
+//              bytes a cycle 2700 cycles, the next wall after what is measured below
+//
+// Workspace: 2.2 times x at n = 128 (per token and head 256 bytes of states and 25 of steps and sums).
+//
+// Measured on an H100 (copy 2.98 TB/s; bf16, D, dt_bias, softplus; ms, medians, L2 flushed):
+//   b l h groups (n = 128)   whole   steps   states   chunks   reduce
+//   4 4096 80 1              0.78    0.015   0.31     0.42     0.030
+//   8 2048 24 1              0.26    0.013   0.09     0.14     0.014
+//   2 8192 128 8             1.27    0.017   0.47     0.73     0.040
+//   1 65536 128 1            4.5     0.045   1.72     2.65     0.114
+// What bounds it, first row (ncu): states: memory, 72 % of the DRAM peak, warps wait for tiles in half of the
+// samples. chunks: the warpgroup of the pairs, 870 instructions of a warp per head and tile (edges 530,
+// inputs 540): it waits for instructions in 19 % of its samples, for shared memory in 18 %, at its barrier in
+// 11 %, for its inputs in 3 %; DRAM 69 %, L2 72 %, shared memory 60 %, of their peaks. One warpgroup for
+// pairs and inputs together took 0.50 ms, sums over columns for dD in the inputs' 0.52 ms.
+//
+// Deterministic: every sum has an order fixed by the sizes alone (blocks of heads are chosen for 132 SMs on
+// any GPU); the integer counters of `reduce` only tell which block is last.
+#include <algorithm>
+
+#include "kernels/cuda/sm90/ssd_bwd_edges.cuh"
+#include "kernels/cuda/sm90/ssd_bwd_inputs.cuh"
+#include "kernels/cuda/sm90/ssd_bwd_pairs.cuh"
+#include "kernels/cuda/sm90/ssd_bwd_reduce.cuh"
+#include "kernels/cuda/sm90/ssd_bwd_states.cuh"
+#include "kernels/cuda/sm90/ssd_bwd_steps.cuh"
+#include "kernels/cuda/sm90/tensor_map.h"
 #include "kernels/cuda/ssd.h"
 
 namespace mamba_ops {
 
-bool ssd_bwd_hopper_takes(const SsdBwd&, const Sequences&) { return false; }
-int64_t ssd_bwd_hopper_workspace(const SsdBwd&, const Sequences&, int64_t) { return 0; }
-const char* ssd_bwd_hopper(const SsdBwd&, const Sequences&, int64_t, void*, void*) {
-  return "no Hopper kernel yet";
+namespace gpu::sm90 {
+
+namespace {
+
+template <class T, int kN>
+__global__ void __launch_bounds__(kChunkThreads, 1)
+    ssd_bwd_chunks(const __grid_constant__ SsdBwdMaps maps, const __grid_constant__ SsdBwdArgs a) {
+  using Shared = ChunksShared<kN>;
+  extern __shared__ uint8_t raw_shared[];
+  uint8_t* shared = raw_shared + (-shared_address(raw_shared) & 1023);
+  const uint32_t base = shared_address(shared);
+  if (threadIdx.x == 0) {
+    for (int i = 0; i < Shared::kStages; ++i) {
+      barrier_init(base + Shared::kFull + 8 * i, 1);
+      barrier_init(base + Shared::kEmpty + 8 * i, 12);
+    }
+    barrier_init(base + Shared::kFactorsReady, 1);
+    for (int i = 0; i < 2; ++i) barrier_init(base + Shared::kPReady + 8 * i, 4);
+    barrier_init(base + Shared::kPFree, 4);
+    barriers_ready();
+  }
+  __syncthreads();
+  // Of 128 registers a thread.
+  const int warpgroup = __shfl_sync(kAllLanes, threadIdx.x / kWarpgroup, 0);
+  if (warpgroup == 0) {
+    take_registers<184>();
+    walk_pairs<T, kN>(a, shared, base);
+  } else if (warpgroup == 1) {
+    give_registers<104>();
+    walk_inputs<T, kN>(maps, a, shared, base);
+  } else if (warpgroup == 2) {
+    take_registers<200>();
+    walk_edges<T, kN>(maps, a, shared, base);
+  } else {
+    give_registers<24>();
+    if (threadIdx.x == 3 * kWarpgroup) load_heads<kN>(maps, a, base);
+  }
+}
+
+constexpr int kSms = 132;  // what blocks of heads are chosen for: sums come out the same on every GPU
+
+constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+struct Workspace {
+  int64_t states, steps, sums, anchors, D, skips, partial_BC, partial_h, arrived, bytes;
+};
+
+// Heads of a block such that the blocks fill the SMs in whole turns; entering a tile costs about as much as
+// two heads.
+int heads_of_block(int64_t tiles, int groups, int sharing) {
+  int best = sharing;
+  double best_cost = INFINITY;
+  for (int blocks = 1; blocks <= sharing; ++blocks) {
+    const int heads = int(ceil_div(sharing, blocks));
+    const double cost = double(ceil_div(tiles * groups * ceil_div(sharing, heads), kSms)) * (heads + 2);
+    if (cost < 0.98 * best_cost) {
+      best_cost = cost;
+      best = heads;
+    }
+  }
+  return best;
+}
+
+SsdBwdArgs arguments(const SsdBwd& p) {
+  const SsdDims& dims = p.fwd.dims;
+  SsdBwdArgs a{};
+  a.p = p;
+  if (!dims.D_per_channel) a.p.fwd.D.stride[1] = 0;
+  a.b = int(dims.b);
+  a.l = int(dims.l);
+  a.h = int(dims.h);
+  a.groups = int(dims.groups_B);
+  a.tiles = int(ceil_div(dims.l, kTile));
+  a.chunks = int(ceil_div(dims.l, kChunk));
+  a.sharing = int(dims.h / dims.groups_B);
+  a.heads = heads_of_block(dims.b * a.tiles, a.groups, a.sharing);
+  a.blocks = int(ceil_div(a.sharing, a.heads));
+  a.parts = int(std::clamp<int64_t>(dims.b * a.chunks / 2, 1, 128));
+  return a;
+}
+
+Workspace workspace(const SsdBwdArgs& a) {
+  const int64_t heads = int64_t(a.b) * a.h;
+  Workspace at{};
+  const auto take = [&](int64_t bytes) {
+    const int64_t begin = at.bytes;
+    at.bytes += ceil_div(bytes, 256) * 256;
+    return begin;
+  };
+  const int64_t n = a.p.fwd.dims.n;
+  at.states = take(heads * a.chunks * 2 * (n / 64) * kTileBytes);
+  at.steps = take(heads * a.chunks * kStepBytes);
+  at.sums = take(heads * a.tiles * kSums * kTile * sizeof(float));
+  at.anchors = take(heads * a.chunks * 4 * sizeof(float));
+  at.D = take(a.h * kTile * sizeof(float));
+  at.skips = take(heads * a.tiles * 4 * (a.p.fwd.dims.D_per_channel ? kTile : 1) * sizeof(float));
+  at.partial_BC =
+      take(a.blocks > 1 ? int64_t(a.blocks) * a.groups * a.b * a.tiles * kTile * 2 * n * sizeof(float) : 0);
+  at.partial_h = take(int64_t(a.parts) * a.h * kHeadSums * sizeof(double));
+  at.arrived = take(a.h * sizeof(int));
+  return at;
+}
+
+struct TokenDims {
+  MapDim dim[4];
+};
+TokenDims token_dims(const View& v, int64_t inner, const SsdDims& dims, int64_t middle, int box) {
+  return {{{inner, v.stride[3], 64},
+           {dims.l, v.stride[1], box},
+           {middle, v.stride[2], 1},
+           {dims.b, v.stride[0], 1}}};
+}
+
+const char* make_maps(SsdBwdMaps& maps, const SsdBwd& p) {
+  const SsdDims& dims = p.fwd.dims;
+  const char* error = nullptr;
+  const auto make = [&](CUtensorMap& map, const View& v, int64_t inner, int64_t middle, int box) {
+    if (!error)
+      error = make_map(map, v.dtype, v.data, token_dims(v, inner, dims, middle, box).dim, 4,
+                       CU_TENSOR_MAP_SWIZZLE_128B);
+  };
+  make(maps.x, p.fwd.x, dims.p, dims.h, kTile);
+  make(maps.dy, p.dy, dims.p, dims.h, kTile);
+  make(maps.dx, p.dx, dims.p, dims.h, 16);
+  make(maps.B, p.fwd.B, dims.n, dims.groups_B, kTile);
+  make(maps.C, p.fwd.C, dims.n, dims.groups_C, kTile);
+  return error;
+}
+
+template <class Kernel>
+const char* allow_shared(Kernel kernel, int bytes) {
+  const cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
+  return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
+}
+
+template <class T, int kN>
+const char* launch(const SsdBwdMaps& maps, const SsdBwdArgs& a, cudaStream_t stream) {
+  constexpr int kStatesBytes = StatesShared<kN>::kBytes, kChunksBytes = ChunksShared<kN>::kBytes;
+  const auto states = ssd_bwd_states<T, kN>;
+  const auto chunks = ssd_bwd_chunks<T, kN>;
+  if (const char* error = allow_shared(states, kStatesBytes)) return error;
+  if (const char* error = allow_shared(chunks, kChunksBytes)) return error;
+  const int64_t chains = 2 * ceil_div(a.sharing, kStateHeads) * a.groups * a.b;
+  const int64_t items = int64_t(a.tiles) * a.b * a.blocks * a.groups;
+  const int64_t step_blocks = ceil_div(a.h, kStepHeads) * a.chunks * a.b;
+  const int64_t sum_blocks = ceil_div(a.h, kReduceHeads) * a.parts,
+                factor_blocks = a.blocks > 1 ? 2 * kSms : 0;
+  const bool wide_steps = a.p.fwd.dt.dtype == DType::f32;
+  const auto steps = wide_steps ? ssd_bwd_steps<float> : ssd_bwd_steps<T>;
+  const auto reduce = wide_steps ? ssd_bwd_reduce<T, float> : ssd_bwd_reduce<T, T>;
+  steps<<<unsigned(step_blocks), 32 * kStepWarps, 0, stream>>>(a);
+  states<<<unsigned(chains), kStateThreads, kStatesBytes, stream>>>(maps, a);
+  chunks<<<unsigned(std::min<int64_t>(items, kSms)), kChunkThreads, kChunksBytes, stream>>>(maps, a);
+  reduce<<<unsigned(sum_blocks + factor_blocks), kReduceThreads, 0, stream>>>(a);
+  return launch_error();
+}
+
+}  // namespace
+
+}  // namespace gpu::sm90
+
+bool ssd_bwd_hopper_takes(const SsdBwd& p, const Sequences& seqs) {
+  using namespace gpu::sm90;
+  const SsdFwd& f = p.fwd;
+  const SsdDims& dims = f.dims;
+  const DType type = f.x.dtype;
+  if ((type != DType::bf16 && type != DType::f16) || f.B.dtype != type || f.C.dtype != type ||
+      p.dy.dtype != type || p.dx.dtype != type || f.z || seqs.id.data || dims.p != kTile ||
+      (dims.n != 64 && dims.n != 128) || dims.groups_B != dims.groups_C)
+    return false;
+  const auto reachable = [&](const View& v, int64_t inner, int64_t middle) {
+    return can_map(v.data, token_dims(v, inner, dims, middle, kTile).dim, 4);
+  };
+  if (!reachable(f.x, dims.p, dims.h) || !reachable(p.dy, dims.p, dims.h) ||
+      !reachable(p.dx, dims.p, dims.h) || !reachable(f.B, dims.n, dims.groups_B) ||
+      !reachable(f.C, dims.n, dims.groups_C) || !reachable(p.dB, dims.n, dims.groups_B) ||
+      !reachable(p.dC, dims.n, dims.groups_C))
+    return false;
+  // Tokens, tiles and blocks are counted in 32 bits.
+  const int64_t blocks = dims.b * ceil_div(dims.l, kTile) * dims.h;
+  if (dims.l >= int64_t(1) << 30 || blocks >= int64_t(1) << 30) return false;
+  int device = 0, major = 0;
+  return cudaGetDevice(&device) == cudaSuccess &&
+         cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device) == cudaSuccess &&
+         major == 9;
+}
+
+int64_t ssd_bwd_hopper_workspace(const SsdBwd& p, const Sequences&, int64_t) {
+  using namespace gpu::sm90;
+  return workspace(arguments(p)).bytes;
+}
+
+const char* ssd_bwd_hopper(const SsdBwd& p, const Sequences&, int64_t, void* memory, void* cuda_stream) {
+  using namespace gpu::sm90;
+  SsdBwdMaps maps;
+  if (const char* error = make_maps(maps, p)) return error;
+  SsdBwdArgs a = arguments(p);
+  const Workspace at = workspace(a);
+  uint8_t* base = static_cast<uint8_t*>(memory);
+  a.states = base + at.states;
+  a.steps = reinterpret_cast<float*>(base + at.steps);
+  a.sums = reinterpret_cast<float*>(base + at.sums);
+  a.anchors = reinterpret_cast<float*>(base + at.anchors);
+  a.D = p.fwd.D ? reinterpret_cast<float*>(base + at.D) : nullptr;
+  a.skips = reinterpret_cast<float*>(base + at.skips);
+  a.partial_BC = reinterpret_cast<float*>(base + at.partial_BC);
+  a.partial_h = reinterpret_cast<double*>(base + at.partial_h);
+  a.arrived = reinterpret_cast<int*>(base + at.arrived);
+  const cudaStream_t stream = static_cast<cudaStream_t>(cuda_stream);
+  const bool is_bf16 = p.fwd.x.dtype == DType::bf16;
+  if (p.fwd.dims.n == 128)
+    return is_bf16 ? launch<bf16, 128>(maps, a, stream) : launch<f16, 128>(maps, a, stream);
+  return is_bf16 ? launch<bf16, 64>(maps, a, stream) : launch<f16, 64>(maps, a, stream);
 }
 
 }  // namespace mamba_ops

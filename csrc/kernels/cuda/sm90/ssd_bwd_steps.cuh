@@ -1,0 +1,54 @@
+// The steps of every token: delta, and s, the sum of delta A from the first token of its chunk of 128. And D
+// in float32, for every channel.
+//
+// A block takes a chunk and kStepHeads heads: dt comes in along the heads, goes through shared memory, and
+// leaves along the tokens. A warp takes a head, a lane 4 neighbouring tokens. Beyond the row delta is 0 and s
+// stays.
+#pragma once
+#include "kernels/cuda/sm90/ssd_bwd.cuh"
+
+namespace mamba_ops::gpu::sm90 {
+
+constexpr int kStepHeads = 32, kStepWarps = 8;
+
+template <class T>
+__global__ void __launch_bounds__(32 * kStepWarps) ssd_bwd_steps(const __grid_constant__ SsdBwdArgs a) {
+  __shared__ float dt[kChunk][kStepHeads + 1];
+  const SsdFwd& f = a.p.fwd;
+  const int head_blocks = (a.h + kStepHeads - 1) / kStepHeads;
+  const int head0 = int(blockIdx.x % head_blocks) * kStepHeads, heads = min(kStepHeads, a.h - head0);
+  const int chunk = int(blockIdx.x / head_blocks % a.chunks), row = int(blockIdx.x / head_blocks / a.chunks);
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, t0 = chunk * kChunk;
+  const T* from = static_cast<const T*>(f.dt.data) + row * f.dt.stride[0] + head0 * f.dt.stride[2];
+#pragma unroll
+  for (int i = 0; i < kChunk / kStepWarps; ++i) {
+    const int j = i * kStepWarps + warp;
+    dt[j][lane] = lane < heads && t0 + j < a.l
+                      ? to_real(from[int64_t(t0 + j) * f.dt.stride[1] + lane * f.dt.stride[2]])
+                      : 0.f;
+  }
+  if (chunk == 0 && row == 0) {
+    if (threadIdx.x < heads) a.arrived[head0 + threadIdx.x] = 0;
+    for (int i = threadIdx.x; a.D && i < heads * kTile; i += 32 * kStepWarps)
+      a.D[head0 * kTile + i] =
+          load_one<float>(f.D, (head0 + i / kTile) * f.D.stride[0] + i % kTile * f.D.stride[1]);
+  }
+  __syncthreads();
+  for (int k = warp; k < heads; k += kStepWarps) {
+    const float rate = parameter(f.A, head0 + k) * float(kLog2e), bias = parameter(f.dt_bias, head0 + k);
+    float delta[4], s[4], sum = 0;
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      delta[i] = t0 + 4 * lane + i < a.l ? make_step(dt[4 * lane + i][k], bias, f.dims).delta : 0.f;
+      sum += delta[i] * rate;
+      s[i] = sum;
+    }
+    float before = __shfl_up_sync(kAllLanes, inclusive_sum(sum), 1);
+    if (lane == 0) before = 0;
+    float* to = a.steps + (a.row_head(row, head0 + k) * a.chunks + chunk) * 2 * kChunk + 4 * lane;
+    *reinterpret_cast<float4*>(to) = {delta[0], delta[1], delta[2], delta[3]};
+    *reinterpret_cast<float4*>(to + kChunk) = {before + s[0], before + s[1], before + s[2], before + s[3]};
+  }
+}
+
+}  // namespace mamba_ops::gpu::sm90
