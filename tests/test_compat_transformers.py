@@ -248,14 +248,17 @@ def test_another_activation_stays_with_transformers() -> None:
     both(lambda: loss_and_gradients(model, input_ids=ids))
 
 
-def test_compiled() -> None:
-    model = build("mamba2").train()
-    ids = torch.randint(3, VOCAB, (1, 9))
+@pytest.mark.parametrize("name", ["mamba", "mamba2"])
+def test_compiled(name: str) -> None:
+    """In one graph, packs included."""
+    model = build(name).train()
+    ids, seq_idx = torch.randint(3, VOCAB, (1, 9)), torch.tensor([[0] * 4 + [1] * 5], dtype=torch.int32)
     with compat.patch_transformers():
-        expected = model(input_ids=ids).logits
+        expected = loss_and_gradients(model, input_ids=ids, seq_idx=seq_idx)
         torch._dynamo.reset()
-        compiled = torch.compile(model, backend="aot_eager")
-        torch.testing.assert_close(compiled(input_ids=ids).logits, expected)
+        compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+        got = loss_and_gradients(compiled, input_ids=ids, seq_idx=seq_idx)
+    assert_same(expected, {key.replace("_orig_mod.", ""): value for key, value in got.items()})
 
 
 def test_undo_and_modeling_files_that_come_later() -> None:

@@ -133,8 +133,14 @@ def _ring_update(
     if conv_state_indices is None:
         conv_state.copy_(written)
         return out.reshape(x.shape)
-    conv_state[rows[valid]] = written[valid]
-    return out.masked_fill(~valid[:, None, None], 0).reshape(x.shape)
+    # which row of x writes to each state, without asking the device how many are valid
+    count = conv_state.shape[0]
+    writer = torch.full((count + 1,), -1, device=x.device)
+    writer[torch.where(valid, rows, count)] = torch.arange(x.shape[0], device=x.device)
+    writer = writer[:count]
+    kept = (writer < 0)[:, None, None]
+    conv_state.copy_(torch.where(kept, conv_state, written[writer.clamp(min=0)]))
+    return torch.where(valid[:, None, None], out, 0).reshape(x.shape)
 
 
 def causal_conv1d_ref(
