@@ -4,11 +4,14 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from hypothesis import strategies as st
 from torch import Tensor
 
 from tests.cases import Inputs
 from tests.compare import LIMIT, cast, clone_strided, describe, is_float
 
+dtypes = st.sampled_from((torch.float32, torch.bfloat16, torch.float64))
+layouts = st.sampled_from(("contiguous", "transposed", "padded", "projected"))
 MUTATED = ("state", "conv_state")  # updated in place: compared as results
 
 
@@ -59,3 +62,22 @@ def follows(
         bound = max(limit * scale, 2 * error(base[key]))
         assert error(got[key]) <= bound, f"{key}: {error(got[key])} > {bound} in {describe(inputs)}"
     return got
+
+
+def subset(options: tuple[str, ...]) -> Any:
+    return st.sets(st.sampled_from(options))
+
+
+def renamed(inputs: Inputs, **names: str) -> Inputs:
+    """With keys by upstream's names."""
+    return {names.get(key, key): value for key, value in inputs.items()}
+
+
+def close(a: Tensor, b: Tensor, dtype: torch.dtype) -> None:
+    error = torch.linalg.vector_norm(a.float() - b.float()) / torch.linalg.vector_norm(b.float())
+    assert error <= {torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float64: 1e-6}[dtype]
+
+
+def per_head(t: Tensor, *shape: int) -> Tensor:
+    """One number a head, expanded with stride 0."""
+    return t[(..., *[None] * len(shape))].expand(*t.shape, *shape)

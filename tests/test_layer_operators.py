@@ -18,12 +18,22 @@ from tests import cases, layer_cases
 from tests.cases import Inputs
 from tests.compare import LIMIT, cast, describe, dtype_of, evaluate, is_float
 from tests.compare import check as check_float64
+from tests.conftest import missing_device
 from tests.layer_cases import INNER_OPTIONS, LAYER_OPERATORS, LOSS, SPLIT_OPTIONS, full
 from tests.test_contract import assert_gradients, differentiable, recorded
 
-OPERATOR = "ssd"  # runs where the scans do
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 PIECES = ("causal_conv1d", "selective_scan", "ssd", "rms_norm_gated")
+
+
+@pytest.fixture(params=["cpu", "cuda"])
+def device(request: pytest.FixtureRequest) -> str:
+    """Each device that the operators which these are made of can run on."""
+    for piece in PIECES:
+        reason = missing_device(piece, request.param)
+        if reason:
+            pytest.skip(reason)
+    return str(request.param)
 
 
 def check(name: str, inputs: Inputs, loss: tuple[str, ...] = LOSS) -> None:

@@ -1,4 +1,4 @@
-"""mamba_ssm.ops.triton.layer_norm: dropout, residual and norm in one call, here in plain torch."""
+"""mamba_ssm.ops.triton.layer_norm: dropout, residual and norm in one call."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..... import rms_norm_gated
+from ..... import add_rms_norm, rms_norm_gated
 from .layernorm_gated import _float, _weight
 
 Device = torch.device | str | None
@@ -44,17 +44,23 @@ def layer_norm_fn(
         y [, y1] [, sum] [, mask, mask1], alone or as a tuple; y in x's dtype.
     """
     assert x1 is None or rowscale is None, "rowscale is not supported with parallel LayerNorm"
-    total, mask = _dropped(_float(x) if rowscale is None else _float(x) * rowscale[..., None], dropout_p)
-    mask1 = None
-    if x1 is not None:
-        part, mask1 = _dropped(_float(x1), dropout_p)
-        total = total + part
-    total = total if residual is None else total + residual
-    outs: list[Tensor | None] = [_norm(total, weight, bias, eps, is_rms_norm).to(x.dtype)]
+    wide = torch.promote_types(x.dtype, torch.float32)
+    plain = all(t is None for t in (bias, x1, weight1, rowscale)) and dropout_p == 0.0
+    mask = mask1 = None
+    if is_rms_norm and plain and residual is not None and residual.dtype == wide:
+        y, total = add_rms_norm(x, residual, _weight(weight, x), eps=eps)
+    else:
+        total, mask = _dropped(x if rowscale is None else _float(x) * rowscale[..., None], dropout_p)
+        if x1 is not None:
+            part, mask1 = _dropped(x1, dropout_p)
+            total = _float(total) + part
+        total = total if residual is None else _float(total) + residual
+        y = _norm(total, weight, bias, eps, is_rms_norm).to(x.dtype)
+    outs: list[Tensor | None] = [y]
     if weight1 is not None:
         outs.append(_norm(total, weight1, bias1, eps, is_rms_norm).to(x.dtype))
     if prenorm:
-        kept = _float(x).dtype if residual_in_fp32 else x.dtype
+        kept = wide if residual_in_fp32 else x.dtype
         outs.append(total.to(kept if residual is None else residual.dtype))
     if return_dropout_mask:
         outs += [mask, mask1]
@@ -254,8 +260,8 @@ def _norm(v: Tensor, weight: Tensor, bias: Tensor | None, eps: float, is_rms_nor
 def _dropped(v: Tensor, p: float) -> tuple[Tensor, Tensor | None]:
     if p == 0.0:
         return v, None
-    mask = torch.rand_like(v) >= p
-    return v.masked_fill(~mask, 0) / (1 - p), mask
+    mask = torch.rand_like(v, dtype=torch.float32) >= p
+    return _float(v).masked_fill(~mask, 0) / (1 - p), mask
 
 
 def _masked(v: Tensor, p: float, mask: Tensor | None) -> Tensor:
