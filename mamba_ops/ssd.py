@@ -57,7 +57,8 @@ def ssd(
         dt_bias: (h), x's dtype or float32.
         dt_softplus: apply softplus (the identity above 20) to the steps.
         dt_limit: (low, high) between which the steps are clamped, after softplus.
-        chunk_size: tokens per chunk, 1..256; None picks a good one. Results differ by rounding alone.
+        chunk_size: tokens per chunk, 1..256; None picks a good one. Results differ by rounding alone; a
+            kernel for one kind of GPU may take its own.
         initial_state: (b, h, p, n), or (s, h, p, n) with cu_seqlens; any floating dtype.
         seq_idx: (b, l) integers: the state is reset where neighbours differ. The initial state enters the
             first stretch of a row, the final state is that of the last one.

@@ -150,6 +150,75 @@ def test_tensor_cores_repeat_bitwise(device: str) -> None:
     assert all(torch.equal(first[name], second[name]) for name in first)
 
 
+@pytest.mark.parametrize("D_per_channel", [False, True])
+@pytest.mark.parametrize(("p", "n"), [(64, 128), (64, 64), (128, 64), (32, 16), (48, 96)])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_other_tiles_of_tensor_cores(
+    device: str, dtype: torch.dtype, p: int, n: int, D_per_channel: bool
+) -> None:
+    options = {"options": WITHOUT_LIMIT, "D_per_channel": D_per_channel, "dtype": dtype, "device": device}
+    check(OPERATOR, cases.ssd(2, 130, 3, p, n, decay="strong", **options))
+
+
+@pytest.mark.parametrize("groups", [(2, 2), (3, 3), (6, 6), (2, 3)])
+def test_groups_and_gates_of_tensor_cores(device: str, groups: tuple[int, int]) -> None:
+    options = {"options": SSD_OPTIONS, "dtype": torch.bfloat16, "device": device}
+    check(OPERATOR, cases.ssd(2, 70, 6, 64, 64, groups=groups, **options))
+
+
+@pytest.mark.parametrize("pack", cases.PACKS[1:])
+@pytest.mark.parametrize("options", [("D", "dt_bias", "dt_softplus"), WITHOUT_LIMIT])
+def test_packs_of_tensor_cores(device: str, options: tuple[str, ...], pack: str) -> None:
+    b = 1 if pack == "cu_seqlens" else 2
+    inputs = cases.ssd(b, 300, 2, 64, 64, options=options, pack=pack, dtype=torch.bfloat16, device=device)
+    check(OPERATOR, inputs)
+    check(OPERATOR, inputs | {"dt": inputs["dt"].float()})
+
+
+@pytest.mark.parametrize("n", [64, 128])
+def test_slices_of_a_projection(device: str, n: int) -> None:
+    """As in a layer: z, x, B, C, dt lie side by side in one (b, l, d) tensor."""
+    inputs = cases.ssd(2, 130, 4, 64, n, options=WITHOUT_LIMIT, dtype=torch.bfloat16, device=device)
+    names = ("z", "x", "B", "C", "dt")
+    flat = [inputs[name].flatten(2) for name in names]
+    joined = torch.cat([*flat, torch.full_like(flat[-1], math.nan)], 2)
+    parts = joined.split([t.shape[2] for t in flat] + [flat[-1].shape[2]], 2)
+    views = {}
+    for name, part in zip(names, parts, strict=False):
+        views[name] = part.unflatten(2, inputs[name].shape[2:])
+    check(OPERATOR, inputs | views)
+
+
+@pytest.mark.parametrize(("b", "l", "h", "n"), [(2, 130, 134, 64), (1, 1100, 2, 128)])
+def test_work_that_a_gpu_cuts(device: str, b: int, l: int, h: int, n: int) -> None:
+    """More heads than multiprocessors: sequences cut between blocks; few and long ones: in segments."""
+    options = {"options": WITHOUT_LIMIT, "dtype": torch.bfloat16, "device": device}
+    inputs = cases.ssd(b, l, h, 64, n, **options)
+    got = check(OPERATOR, inputs, loss=())
+    y, state = mamba_ops.ssd(**inputs)
+    assert torch.equal(y, got["y"]) and torch.equal(state, got["final_state"])
+
+
+@pytest.mark.parametrize(("b", "l", "h"), [(2, 130, 134), (1, 1100, 2)])
+def test_a_replayed_graph_follows_its_inputs(device: str, b: int, l: int, h: int) -> None:
+    if device == "cpu":
+        pytest.skip("graphs are of CUDA")
+    options = {"options": WITHOUT_LIMIT, "dtype": torch.bfloat16, "device": device}
+    inputs = cases.ssd(b, l, h, 64, 64, **options)
+    mamba_ops.ssd(**inputs)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        y, state = mamba_ops.ssd(**inputs)
+    for seed in (1, 2):
+        fresh = cases.ssd(b, l, h, 64, 64, seed=seed, **options)
+        for name, value in fresh.items():
+            if isinstance(value, torch.Tensor):
+                inputs[name].copy_(value)
+        graph.replay()
+        expected_y, expected_state = mamba_ops.ssd(**fresh)
+        assert torch.equal(y, expected_y) and torch.equal(state, expected_state)
+
+
 @pytest.mark.parametrize("params", [torch.float32, torch.bfloat16])
 def test_parameters_in_either_dtype(device: str, params: torch.dtype) -> None:
     inputs = cases.ssd(l=70, options=SSD_OPTIONS, dtype=torch.bfloat16, params=params, device=device)

@@ -27,10 +27,10 @@ namespace mamba_ops::gpu::sm90 {
 __device__ inline uint32_t shared_address(const void* p) { return uint32_t(__cvta_generic_to_shared(p)); }
 
 // ---- barriers
-// ---------------------------------------------------------------------------------------------- A barrier's
-// phases are numbered from 0; a phase ends when `count` threads arrived and the bytes announced to it were
-// copied. wait_for(parity) returns once the phase of that parity has ended; before the first phase ends,
-// parity 1 counts as ended.
+
+// A barrier's phases are numbered from 0; a phase ends when `count` threads arrived and the bytes announced
+// to it were copied. wait_for(parity) returns once the phase of that parity has ended; before the first phase
+// ends, parity 1 counts as ended.
 
 __device__ inline void barrier_init(uint32_t barrier, int count) {
   asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(barrier), "r"(count) : "memory");
@@ -44,18 +44,15 @@ __device__ inline void arrive_and_expect(uint32_t barrier, int bytes) {
   asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes)
                : "memory");
 }
-__device__ inline bool has_ended(uint32_t barrier, uint32_t parity) {
-  uint32_t ended;
-  asm volatile(
-      "{\n.reg .pred p;\nmbarrier.try_wait.parity.shared::cta.b64 p, [%1], %2;\nselp.b32 %0, 1, 0, p;\n}"
-      : "=r"(ended)
-      : "r"(barrier), "r"(parity)
-      : "memory");
-  return ended;
-}
 __device__ inline void wait_for(uint32_t barrier, uint32_t parity) {
-  while (!has_ended(barrier, parity)) {
-  }
+  uint32_t ended;
+  do {
+    asm volatile(
+        "{\n.reg .pred p;\nmbarrier.try_wait.parity.shared::cta.b64 p, [%1], %2;\nselp.b32 %0, 1, 0, p;\n}"
+        : "=r"(ended)
+        : "r"(barrier), "r"(parity)
+        : "memory");
+  } while (!ended);
 }
 
 // Barrier number `id`, 1 to 15, among kThreads threads.
@@ -68,9 +65,9 @@ __device__ inline void sync_threads(int id) {
 __device__ inline void fence_async_proxy() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 
 // ---- tensor copies
-// ----------------------------------------------------------------------------------------- One thread starts
-// a copy of the box at these coordinates, first dimension first. Outside the tensor, loads give zeros (all
-// bytes count) and stores nothing.
+
+// One thread starts a copy of the box at these coordinates, first dimension first. Outside the tensor, loads
+// give zeros (all bytes count) and stores nothing.
 
 __device__ inline void tma_load(uint32_t to, const CUtensorMap& map, uint32_t barrier, int c0, int c1, int c2,
                                 int c3) {
@@ -128,9 +125,9 @@ __device__ inline void wait_stores() {
 }
 
 // ---- matrix products of a warpgroup
-// ------------------------------------------------------------------------ Between registers written by other
-// instructions and the next wgmma: wgmma_fence. Products run until a wgmma_wait; their registers may not be
-// touched before.
+
+// Between registers written by other instructions and the next wgmma: wgmma_fence. Products run until a
+// wgmma_wait; their registers may not be touched before.
 
 __device__ inline void wgmma_fence() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
 __device__ inline void wgmma_commit() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
@@ -222,19 +219,18 @@ __device__ inline void wgmma(float (&d)[64], const uint32_t* a, uint64_t b, bool
 }
 
 // ---- matrices of 8 x 8 pairs between registers and shared memory
-// --------------------------------------------- Lane i gives the address of row i % 8 of matrix i / 8.
-// Turned: a lane's word holds two neighbours of a column instead of a row.
+
+// Lane i gives the address of row i % 8 of matrix i / 8. Turned: a lane's word holds two neighbours of a
+// column instead of a row. Ordinary loads may move across stmatrix, up to the next fence or barrier.
 
 template <bool kTurned>
 __device__ inline void stmatrix(uint32_t address, uint32_t a, uint32_t b, uint32_t c, uint32_t d) {
   if constexpr (kTurned)
     asm volatile("stmatrix.sync.aligned.m8n8.x4.trans.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(address),
-                 "r"(a), "r"(b), "r"(c), "r"(d)
-                 : "memory");
+                 "r"(a), "r"(b), "r"(c), "r"(d));
   else
     asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(address), "r"(a),
-                 "r"(b), "r"(c), "r"(d)
-                 : "memory");
+                 "r"(b), "r"(c), "r"(d));
 }
 
 template <bool kTurned>
@@ -252,9 +248,9 @@ __device__ inline void ldmatrix(uint32_t (&to)[4], uint32_t address) {
 }
 
 // ---- registers
-// ----------------------------------------------------------------------------------------------- A warpgroup
-// gives registers back, or takes some: then threads x registers over the block stay within what it was
-// launched with, and the kernel has __launch_bounds__(threads, 1).
+
+// A warpgroup gives registers back, or takes some: then threads x registers over the block stay within what
+// it was launched with, and the kernel has __launch_bounds__(threads, 1).
 template <int kRegisters>
 __device__ inline void give_registers() {
   asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(kRegisters));

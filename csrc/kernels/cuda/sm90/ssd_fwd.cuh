@@ -1,0 +1,357 @@
+// How the Hopper forward of the SSD is cut and what its kernels share: parameters, the pieces of a block, the
+// steps of a chunk.
+//
+// A slab is 64 channels of a head (p < 64: the rest is zero); two slabs that share B and C are a pair, a pair
+// in one batch row is a chain of chunks of kQ tokens. A pair of one slab computes the other for nothing.
+#pragma once
+#include "kernels/cuda/sm90/ptx.cuh"
+#include "kernels/cuda/ssd_steps.cuh"
+#include "kernels/ssd.h"
+
+namespace mamba_ops::gpu::sm90::forward {
+
+constexpr int kQ = 64;
+constexpr int kTile = kQ * 128;  // bytes of 64 x 64 values
+constexpr float kLog2E = float(kLog2e);
+
+// How chains are dealt to blocks. Block i of `blocks` owns chunks [total i / blocks, total (i + 1) / blocks)
+// of all chains in a row.
+//   segments = 1  blocks <= chains: no chain is cut more than once. The block before hands the state over.
+//   segments > 1  blocks = segments * chains: a block owns one segment of one chain. What enters it follows
+//                 from the ends of `parts` parts of every segment before, made by a pass of their own.
+struct Plan {
+  int chunks, chains, blocks, segments, parts;
+
+  __host__ __device__ bool hands_over() const { return segments == 1 && chains % blocks != 0; }
+  __host__ __device__ int ends() const { return (segments - 1) * parts; }  // of a chain
+  __host__ __device__ int segment_begin(int segment) const {
+    return int(int64_t(chunks) * segment / segments);
+  }
+  __host__ __device__ int part_begin(int part) const {
+    const int segment = part / parts, begin = segment_begin(segment);
+    return begin + int(int64_t(segment_begin(segment + 1) - begin) * (part % parts) / parts);
+  }
+};
+
+struct FwdArgs {
+  int l, h, p, n;
+  int slabs;                     // of a head
+  int share, pairs_of_share;     // slabs that share B and C; pairs made of them
+  int pairs;                     // of a batch row
+  int heads_per_B, heads_per_C;  // heads that read one group
+  bool softplus, D_per_channel, z;
+  float dt_min, dt_max;
+  View dt, A, dt_bias, D;
+  Sequences seqs;
+  const float* states_in;  // (b, h, p, n)
+  float* states_out;
+  Plan plan;
+  int* ticket;    // blocks taken so far; then a flag per block and slab: its state is there
+  float* handed;  // (blocks, 2, 64 kN): fragments of states
+  float* ends;    // (chains, ends, 2, 64 kN): of parts run from zero
+  float* decays;  // (chains, ends, 2)
+};
+
+struct Maps {
+  CUtensorMap x, B, C, z, y;  // x, z, y: (p, l, slab, h, b); B, C: (n, l, g, b)
+};
+
+struct Pair {
+  int row, slab, count;  // batch row; first of `count` slabs, numbered over all heads
+  int head, part;        // of the first slab
+  int group_B, group_C;
+
+  __device__ Pair(const FwdArgs& args, int chain) {
+    row = chain / args.pairs;
+    const int pair = chain % args.pairs, first = pair % args.pairs_of_share * 2;
+    slab = pair / args.pairs_of_share * args.share + first;
+    count = min(2, args.share - first);
+    head = slab / args.slabs;
+    part = slab % args.slabs;
+    group_B = head / args.heads_per_B;
+    group_C = head / args.heads_per_C;
+  }
+  // The head of slab number `which`; of the first where there is no second.
+  __device__ int head_of(const FwdArgs& args, int which) const {
+    return which < count ? (slab + which) / args.slabs : head;
+  }
+};
+
+// A stretch of chunks of one chain.
+struct ChainPiece {
+  int chain, begin, end;
+};
+
+// The pieces of block `index`, the last chain first: what another block waits for is made before this one
+// waits.
+struct BlockPieces {
+  const Plan& plan;
+  int index, count;
+
+  __device__ BlockPieces(const Plan& plan, int index) : plan(plan), index(index) {
+    count = chain_before(index + 1) - int(first_chunk(index) / plan.chunks) + 1;
+  }
+  __device__ ChainPiece operator[](int i) const {
+    const int chain = chain_before(index + 1) - i;
+    const int64_t chunk = int64_t(chain) * plan.chunks;
+    return {chain, int(max(first_chunk(index) - chunk, int64_t(0))),
+            int(min(first_chunk(index + 1) - chunk, int64_t(plan.chunks)))};
+  }
+
+ private:
+  __device__ int64_t first_chunk(int block) const {
+    return int64_t(plan.chains) * plan.chunks * block / plan.blocks;
+  }
+  __device__ int chain_before(int block) const { return int((first_chunk(block) - 1) / plan.chunks); }
+};
+
+// A walk over the chunks of a block.
+struct Walk {
+  const FwdArgs& args;
+  const BlockPieces& pieces;
+  int piece = -1, chain = 0, chunk = 0, end = 0;
+
+  __device__ Walk(const FwdArgs& args, const BlockPieces& pieces, int start) : args(args), pieces(pieces) {
+    skip(start);
+  }
+  __device__ bool valid() const { return piece < pieces.count; }
+  __device__ void skip(int count) {
+    chunk += count;
+    while (chunk >= end && ++piece < pieces.count) {
+      const ChainPiece one = pieces[piece];
+      chunk += one.begin - end;
+      chain = one.chain;
+      end = one.end;
+    }
+  }
+};
+
+// The phase of use number i of a ring of so many barriers.
+__device__ inline uint32_t parity(uint32_t i, uint32_t ring) { return i / ring % 2; }
+
+// ---- pairs of 16-bit values
+
+template <class T>
+__device__ inline uint32_t pack(float low, float high) {
+  uint32_t pair;
+  if constexpr (std::is_same_v<T, bf16>)
+    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(high), "f"(low));
+  else
+    asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(high), "f"(low));
+  return pair;
+}
+template <class T>
+__device__ inline uint32_t multiply(uint32_t a, uint32_t b) {
+  uint32_t product;
+  if constexpr (std::is_same_v<T, bf16>)
+    asm("mul.rn.bf16x2 %0, %1, %2;" : "=r"(product) : "r"(a), "r"(b));
+  else
+    asm("mul.rn.f16x2 %0, %1, %2;" : "=r"(product) : "r"(a), "r"(b));
+  return product;
+}
+template <class T>
+__device__ inline float2 unpack(uint32_t pair) {
+  Pack<T, 2> values;
+  values.word[0] = pair;
+  return {values.at(0), values.at(1)};
+}
+// v / (1 + e^{-v})
+__device__ inline float silu_fast(float v) {
+  float sigmoid;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(sigmoid) : "f"(1 + exp2_of(v * -kLog2E)));
+  return v * sigmoid;
+}
+
+// ---- steps
+
+// To 5e-6 of its value, without branches (volatile: the compiler would make some).
+__device__ inline float softplus_fast(float v) {
+  float log2;
+  const float e = exp2_of(v * kLog2E);
+  asm volatile("lg2.approx.ftz.f32 %0, %1;" : "=f"(log2) : "f"(1 + e));
+  const float series = e * (1 - e * (0.5f - e * (0.333333333f - e * 0.25f)));
+  const float log = e < 0.03f ? series : log2 / kLog2E;
+  return v > 20 ? v : log;
+}
+
+// What a head does to its steps.
+struct HeadRates {
+  float A, bias, D;  // A log2(e); D where it is one per head
+
+  __device__ HeadRates(const FwdArgs& args, int head) {
+    const auto load = [&](const View& v) { return v.data ? load_one<float>(v, head * v.stride[0]) : 0.f; };
+    A = load(args.A) * kLog2E;
+    bias = load(args.dt_bias);
+    D = args.D_per_channel ? 0.f : load(args.D);
+  }
+};
+
+// Two tokens a lane, read one chunk before they are needed. A register for each width: a load may not wait
+// for another one into its register.
+struct StepReader {
+  const char* at;
+  uint32_t wide[2], narrow[2];
+
+  __device__ void aim(const FwdArgs& args, int row, int head, int chunk) {
+    const View& dt = args.dt;
+    const int64_t token = int64_t(chunk) * kQ + threadIdx.x % 32 * 2;
+    at = static_cast<const char*>(dt.data) +
+         (row * dt.stride[0] + token * dt.stride[1] + head * dt.stride[2]) * size(args);
+  }
+  __device__ void skip(const FwdArgs& args, int chunks) {
+    at += args.dt.stride[1] * (size(args) * kQ * chunks);
+  }
+  __device__ void read(const FwdArgs& args, int chunk) {
+    const int last = args.l - 1 - chunk * kQ - int(threadIdx.x % 32 * 2);  // the row's last token, from `at`
+    const int64_t stride = args.dt.stride[1];
+#pragma unroll
+    for (int k = 0; k < 2; ++k)
+      if (args.dt.dtype == DType::f32)
+        wide[k] = reinterpret_cast<const uint32_t*>(at)[min(k, last) * stride];
+      else
+        narrow[k] = reinterpret_cast<const uint16_t*>(at)[min(k, last) * stride];
+  }
+  // What was read, through bias, softplus and limits.
+  __device__ void steps(const FwdArgs& args, float bias, float (&v)[2]) const {
+#pragma unroll
+    for (int k = 0; k < 2; ++k) {
+      const float half = to_real(f16{uint16_t(narrow[k])});
+      v[k] = __uint_as_float(args.dt.dtype == DType::f32 ? wide[k] : narrow[k] << 16);
+      v[k] = (args.dt.dtype == DType::f16 ? half : v[k]) + bias;
+    }
+    if (args.softplus)
+#pragma unroll
+      for (int k = 0; k < 2; ++k) v[k] = softplus_fast(v[k]);
+#pragma unroll
+    for (int k = 0; k < 2; ++k) {
+      v[k] = v[k] < args.dt_min ? args.dt_min : v[k];
+      v[k] = v[k] > args.dt_max ? args.dt_max : v[k];
+    }
+  }
+
+ private:
+  __device__ static int size(const FwdArgs& args) { return args.dt.dtype == DType::f32 ? 4 : 2; }
+};
+
+// Tokens 2 lane and 2 lane + 1 of a chunk, over a warp. kPacked: runs may begin within the row.
+template <bool kPacked>
+struct LaneSteps {
+  float dt[2];
+  float s[2];    // cumsum of dt A in the chunk, in powers of two
+  float total;   // s of the last token
+  int start[2];  // the last token at or before this one at which a run begins; -1: none in this chunk
+  int last_start;
+
+  __device__ LaneSteps(const FwdArgs& args, const StepReader& reader, const HeadRates& head, int chain,
+                       int chunk) {
+    const int first = chunk * kQ + threadIdx.x % 32 * 2;
+    reader.steps(args, head.bias, dt);
+#pragma unroll
+    for (int k = 0; k < 2; ++k) dt[k] = first + k < args.l ? dt[k] : 0.f;
+    const float a = dt[0] * head.A, both = a + dt[1] * head.A, sum = inclusive_sum(both);
+    s[0] = sum - both + a;
+    s[1] = sum;
+    total = __shfl_sync(kAllLanes, sum, 31);
+    if constexpr (kPacked) find_starts(args, chain / args.pairs, first);
+  }
+  __device__ float decay() const { return kPacked && last_start >= 0 ? 0.f : exp2_of(total); }
+  // Pairs e^{T - s_j} dt_j, where nothing begins after j, times `factor`.
+  template <class T>
+  __device__ uint32_t weights(float factor) const {
+    float w[2];
+#pragma unroll
+    for (int k = 0; k < 2; ++k) {
+      w[k] = exp2_of(total - s[k]) * dt[k] * factor;
+      if (kPacked && last_start > int(threadIdx.x % 32 * 2) + k) w[k] = 0.f;
+    }
+    return pack<T>(w[0], w[1]);
+  }
+
+ private:
+  __device__ void find_starts(const FwdArgs& args, int row, int first) {
+    const int lane = threadIdx.x % 32;
+    if (is_invalid(args.seqs)) dt[0] = dt[1] = __int_as_float(0x7fc00000);
+    bool begin[2];
+#pragma unroll
+    for (int k = 0; k < 2; ++k)
+      begin[k] = first + k > 0 && first + k < args.l && begins(args.seqs, row, first + k);
+    const unsigned even = __ballot_sync(kAllLanes, begin[0]), odd = __ballot_sync(kAllLanes, begin[1]);
+    const unsigned below = (1u << lane) - 1;
+    start[0] = max(2 * last_bit(even & (below | 1u << lane)), 2 * last_bit(odd & below) + 1);
+    start[1] = begin[1] ? 2 * lane + 1 : start[0];
+    last_start = __shfl_sync(kAllLanes, start[1], 31);
+  }
+  __device__ static int last_bit(unsigned bits) { return 31 - __clz(bits); }
+};
+
+// Where the pair of lane i lies among the weights of a chunk: the 8 pairs that a thread needs are neighbours.
+__device__ inline int weight_at(int lane) { return lane % 4 * 8 + lane / 4; }
+
+__device__ inline float channel_D(const FwdArgs& args, int head, int p) {
+  if (!args.D_per_channel || p >= args.p) return 0.f;
+  return load_one<float>(args.D, head * args.D.stride[0] + p * args.D.stride[1]);
+}
+
+// Tiles (64 tokens, 64 channels) of x, z, y and fragments of their transpose: the 16 channels of a warp are
+// rows, word r of step k the pair of tokens 16 k + 8 (r / 2) + 2 t, + 1 at row g + 8 (r % 2). Where a lane's
+// row for ldmatrix, stmatrix lies, before 2048 k.
+__device__ inline uint32_t turned_row(uint32_t tile) {
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32 % 4;
+  return tile + (lane / 16 * 8 + lane % 8) * 128 + ((2 * warp + lane / 8 % 2) ^ lane % 8) * 16;
+}
+__device__ inline void turn(uint32_t (&a)[4][4], uint32_t x) {
+  const uint32_t row = turned_row(x);
+#pragma unroll
+  for (int k = 0; k < 4; ++k) ldmatrix<true>(a[k], row + 2048 * k);
+}
+// The same of (X o w)^T.
+template <class T>
+__device__ inline void weigh(uint32_t (&a)[4][4], uint32_t x, const uint32_t* weights) {
+  uint32_t w[8];
+#pragma unroll
+  for (int k = 0; k < 2; ++k) {
+    const uint4 four = reinterpret_cast<const uint4*>(weights)[threadIdx.x % 4 * 2 + k];
+    w[4 * k] = four.x, w[4 * k + 1] = four.y, w[4 * k + 2] = four.z, w[4 * k + 3] = four.w;
+  }
+  turn(a, x);
+#pragma unroll
+  for (int k = 0; k < 4; ++k)
+#pragma unroll
+    for (int r = 0; r < 4; ++r) a[k][r] = multiply<T>(a[k][r], w[2 * k + r / 2]);
+}
+
+// ---- states in fragments
+
+// In shared order, a fragment after the other: what blocks exchange.
+template <int kSize>
+__device__ inline void store_fragment(float* to, const float (&H)[kSize]) {
+#pragma unroll
+  for (int k = 0; k < kSize / 4; ++k)
+    __stcg(reinterpret_cast<float4*>(to) + k * 128 + threadIdx.x % 128,
+           make_float4(H[4 * k], H[4 * k + 1], H[4 * k + 2], H[4 * k + 3]));
+}
+// H = decay H + what was stored.
+template <int kSize>
+__device__ inline void add_fragment(float (&H)[kSize], float decay, const float* from) {
+#pragma unroll
+  for (int k = 0; k < kSize / 4; ++k) {
+    const float4 v = __ldcg(reinterpret_cast<const float4*>(from) + k * 128 + threadIdx.x % 128);
+    H[4 * k] = H[4 * k] * decay + v.x;
+    H[4 * k + 1] = H[4 * k + 1] * decay + v.y;
+    H[4 * k + 2] = H[4 * k + 2] * decay + v.z;
+    H[4 * k + 3] = H[4 * k + 3] * decay + v.w;
+  }
+}
+
+// f(offset, H[i]) for the neighbours H[i], H[i + 1] at that offset of a slab's states (p, n).
+template <int kSize, class F>
+__device__ inline void each_state_pair(const FwdArgs& args, int part, float (&H)[kSize], F f) {
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32 % 4;
+#pragma unroll
+  for (int i = 0; i < kSize; i += 2) {
+    const int row = part * 64 + 16 * warp + lane / 4 + i / 2 % 2 * 8, column = i / 4 * 8 + lane % 4 * 2;
+    if (row < args.p && column < args.n) f(int64_t(row) * args.n + column, H[i], H[i + 1]);
+  }
+}
+
+}  // namespace mamba_ops::gpu::sm90::forward
