@@ -44,6 +44,18 @@ def missing_device(operator: str, device: str) -> str | None:
     return None
 
 
+@pytest.fixture
+def large_gpu(request: pytest.FixtureRequest) -> str:
+    """A GPU with room for tensors of more than 2**31 elements; torch.empty no longer fills them."""
+    reason = missing_device(request.module.OPERATOR, "cuda")
+    if reason is None and torch.cuda.mem_get_info()[0] < 40 << 30:
+        reason = "needs 40 GiB of GPU memory"
+    if reason:
+        pytest.skip(reason)
+    torch.utils.deterministic.fill_uninitialized_memory = False
+    return "cuda"
+
+
 @pytest.fixture(params=["cpu", "cuda"])
 def device(request: pytest.FixtureRequest) -> str:
     """Each device that the operator of the test file (its OPERATOR) can run on."""

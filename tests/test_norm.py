@@ -5,6 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import mamba_ops
 from tests import cases
 from tests.compare import check
 
@@ -30,6 +31,23 @@ def test_shapes(device: str, dtype: torch.dtype, before: bool, shape: tuple[int,
     check(OPERATOR, cases.rms_norm_gated(*shape, norm_before_gate=before, dtype=dtype, device=device))
 
 
+@pytest.mark.parametrize("d", [4096, 5120, 8192, 8200, 20481])
+@pytest.mark.parametrize("before", [False, True])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_long_rows(device: str, dtype: torch.dtype, before: bool, d: int) -> None:
+    """Beyond what the registers of a block hold, too."""
+    check(OPERATOR, cases.rms_norm_gated(3, d, norm_before_gate=before, dtype=dtype, device=device))
+
+
+@pytest.mark.parametrize("gate", [False, True])
+@pytest.mark.parametrize("rows", [1, 130, 3000])
+def test_many_rows_of_a_few_groups(device: str, rows: int, gate: bool) -> None:
+    """Runs of rows of every length, whose sums of dweight are added in a second pass."""
+    options = {"gate": gate, "dtype": torch.bfloat16, "device": device}
+    for d, group_size in ((64, 64), (640, 320), (96, 8), (1040, 1040)):
+        check(OPERATOR, cases.rms_norm_gated(rows, d, group_size=group_size, **options))
+
+
 @pytest.mark.parametrize("layout", cases.LAYOUTS)
 @pytest.mark.parametrize("shape", [(3, 8), (2, 5, 12)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -53,6 +71,23 @@ def test_eps_carries_a_row_of_zeros(device: str, eps: float) -> None:
 @pytest.mark.parametrize("shape", [(0, 8), (2, 0, 8)])
 def test_empty(device: str, shape: tuple[int, ...]) -> None:
     check(OPERATOR, cases.rms_norm_gated(*shape, group_size=4, device=device))
+
+
+def test_more_than_2_to_the_31_elements(large_gpu: str) -> None:
+    """The last rows come out as they do alone."""
+    d = 4096
+    x = torch.randn(2**31 // d + 9, d, dtype=torch.bfloat16, device=large_gpu).requires_grad_()
+    weight = torch.randn(d, device=large_gpu)
+
+    def last_rows(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        y = mamba_ops.rms_norm_gated(x, weight, x)
+        (dx,) = torch.autograd.grad(y, x, torch.ones(1, 1, dtype=y.dtype, device=y.device).expand_as(y))
+        return y[-9:].clone(), dx[-9:].clone()
+
+    whole, alone = last_rows(x), last_rows(x.detach()[-9:].clone().requires_grad_())
+    assert x.numel() > 2**31
+    for a, b in zip(whole, alone, strict=True):
+        torch.testing.assert_close(a, b)
 
 
 @settings(max_examples=50)

@@ -12,6 +12,8 @@ struct NormDims {
   double eps;
   bool norm_before_gate;
 
+  constexpr int64_t rows() const { return lead[0] * lead[1] * lead[2]; }
+  constexpr int64_t groups() const { return d == 0 ? 0 : d / group; }
   int64_t tiles() const { return lead[0] * lead[1] * ((lead[2] + tile_rows - 1) / tile_rows); }
 };
 
@@ -28,5 +30,11 @@ struct NormBwd {
   View dweight;     // (d)
   void* partial;    // (units, d / group, padded group) in the arithmetic type: sums of dweight
 };
+
+// CUDA: a unit is a run of rows, `partial` is (units, d) for rms_norm_gated_bwd_units_cuda units. They return
+// nullptr, or what CUDA says went wrong, and do not wait for the kernels. `wide`: float64 arithmetic.
+const char* rms_norm_gated_fwd_cuda(const NormFwd& p, void* stream);
+const char* rms_norm_gated_bwd_cuda(const NormBwd& p, bool wide, void* stream);
+int64_t rms_norm_gated_bwd_units_cuda(const NormDims& dims, bool wide);
 
 }  // namespace mamba_ops

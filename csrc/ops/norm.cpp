@@ -2,6 +2,7 @@
 
 #include <algorithm>
 
+#include "ops/cuda.h"
 #include "ops/dispatch.h"
 #include "ops/ops.h"
 
@@ -42,8 +43,8 @@ struct NormCall {
   NormFwd params;
   std::vector<View> views;
 
-  NormCall(const Checker& check, std::vector<Tensor> inputs, const std::vector<Tensor>& outputs,
-           const Tensor& weight, double eps, int64_t group, bool norm_before_gate) {
+  NormCall(std::vector<Tensor> inputs, const std::vector<Tensor>& outputs, const Tensor& weight, double eps,
+           int64_t group, bool norm_before_gate) {
     const auto all = [&] {
       std::vector<Tensor> tensors = inputs;
       tensors.insert(tensors.end(), outputs.begin(), outputs.end());
@@ -69,16 +70,14 @@ struct NormCall {
     }
     if (by_rows)
       dims.tile_rows = std::clamp<int64_t>(kTileValues / padded(std::max<int64_t>(group, 1)), 1, kTileRows);
-    const int64_t rows = dims.lead[0] * dims.lead[1] * dims.lead[2];
-    const int64_t units =
-        rows * dims.d == 0 ? 0 : std::clamp<int64_t>(rows * dims.d / kUnitValues, 1, kMaxUnits);
+    const int64_t values = dims.rows() * dims.d;
+    const int64_t units = values == 0 ? 0 : std::clamp<int64_t>(values / kUnitValues, 1, kMaxUnits);
     params = {.dims = dims,
               .x = {},
               .z = {},
               .y = {},
               .weight = view(weight),
               .units = std::min(units, dims.tiles())};
-    if (check.cuda()) no_cuda_kernel(check.op());
   }
 
  private:
@@ -113,6 +112,47 @@ ScalarType bwd_arithmetic(const Tensor& x, int64_t group) {
 
 Tensor contiguous_like(const Tensor& t) { return torch::stable::new_empty(t, t.sizes(), t.scalar_type()); }
 
+void forward_cpu(const NormFwd& params, ScalarType type) {
+  by_arithmetic(type, [&]<class R>() {
+    const Kernels<R>& k = cpu().kernels<R>();
+    for_units(
+        params.units, params.units ? k.rms_norm_gated_scratch(params.dims) : 0,
+        [&](int64_t begin, int64_t end, void* memory) { k.rms_norm_gated_fwd(params, begin, end, memory); });
+  });
+}
+
+void backward_cpu(NormBwd& params, ScalarType type, const Tensor& x) {
+  const NormDims& dims = params.fwd.dims;
+  const Tensor partial = empty({params.fwd.units, dims.groups(), padded(dims.group)}, type, x);
+  params.partial = partial.data_ptr();
+  by_arithmetic(type, [&]<class R>() {
+    const Kernels<R>& k = cpu().kernels<R>();
+    for_units(
+        params.fwd.units, params.fwd.units ? k.rms_norm_gated_scratch(dims) : 0,
+        [&](int64_t begin, int64_t end, void* memory) { k.rms_norm_gated_bwd(params, begin, end, memory); });
+    if (dims.groups() > 0) k.rms_norm_gated_reduce(params);
+  });
+}
+
+#ifdef USE_CUDA
+void forward_cuda(const Checker& check, const NormFwd& params, const Tensor& x) {
+  const CudaCall cuda(check.op(), x);
+  cuda.launched(rms_norm_gated_fwd_cuda(params, cuda.stream()));
+}
+
+void backward_cuda(const Checker& check, NormBwd& params, ScalarType type, const Tensor& x) {
+  const CudaCall cuda(check.op(), x);
+  const bool wide = type == ScalarType::Double;
+  const NormDims& dims = params.fwd.dims;
+  const Tensor partial = empty({rms_norm_gated_bwd_units_cuda(dims, wide), dims.d}, type, x);
+  params.partial = partial.data_ptr();
+  cuda.launched(rms_norm_gated_bwd_cuda(params, wide, cuda.stream()));
+}
+#else
+void forward_cuda(const Checker& check, const NormFwd&, const Tensor&) { no_cuda_kernel(check.op()); }
+void backward_cuda(const Checker& check, NormBwd&, ScalarType, const Tensor&) { no_cuda_kernel(check.op()); }
+#endif
+
 }  // namespace
 
 Tensor rms_norm_gated_fwd(Tensor x, Tensor weight, OptTensor z, double eps, int64_t group_size,
@@ -122,17 +162,11 @@ Tensor rms_norm_gated_fwd(Tensor x, Tensor weight, OptTensor z, double eps, int6
   std::vector<Tensor> inputs{x};
   if (z) inputs.push_back(*z);
   Tensor y = contiguous_like(x);
-  NormCall call(check, inputs, {y}, weight, eps, group_size, norm_before_gate);
+  NormCall call(inputs, {y}, weight, eps, group_size, norm_before_gate);
   call.params.x = call.views[0];
   if (z) call.params.z = call.views[1];
   call.params.y = call.views.back();
-  by_arithmetic(x.scalar_type(), [&]<class R>() {
-    const Kernels<R>& k = cpu().kernels<R>();
-    for_units(call.params.units, call.params.units ? k.rms_norm_gated_scratch(call.params.dims) : 0,
-              [&](int64_t begin, int64_t end, void* memory) {
-                k.rms_norm_gated_fwd(call.params, begin, end, memory);
-              });
-  });
+  check.cuda() ? forward_cuda(check, call.params, x) : forward_cpu(call.params, x.scalar_type());
   return y;
 }
 
@@ -149,7 +183,7 @@ std::tuple<Tensor, Tensor, Tensor> rms_norm_gated_bwd(Tensor dy, Tensor x, Tenso
     inputs.push_back(*z);
     outputs.push_back(dz);
   }
-  NormCall call(check, inputs, outputs, weight, eps, group_size, norm_before_gate);
+  NormCall call(inputs, outputs, weight, eps, group_size, norm_before_gate);
   NormBwd params{.fwd = call.params,
                  .dy = call.views[1],
                  .dx = call.views[z ? 3 : 2],
@@ -158,18 +192,8 @@ std::tuple<Tensor, Tensor, Tensor> rms_norm_gated_bwd(Tensor dy, Tensor x, Tenso
                  .partial = nullptr};
   params.fwd.x = call.views[0];
   if (z) params.fwd.z = call.views[2];
-  const NormDims& dims = params.fwd.dims;
-  const int64_t groups = dims.d == 0 ? 0 : dims.d / dims.group;
   const ScalarType type = bwd_arithmetic(x, group_size);
-  const Tensor partial = empty({params.fwd.units, groups, padded(dims.group)}, type, x);
-  params.partial = partial.data_ptr();
-  by_arithmetic(type, [&]<class R>() {
-    const Kernels<R>& k = cpu().kernels<R>();
-    for_units(
-        params.fwd.units, params.fwd.units ? k.rms_norm_gated_scratch(dims) : 0,
-        [&](int64_t begin, int64_t end, void* memory) { k.rms_norm_gated_bwd(params, begin, end, memory); });
-    if (groups > 0) k.rms_norm_gated_reduce(params);
-  });
+  check.cuda() ? backward_cuda(check, params, type, x) : backward_cpu(params, type, x);
   return {dx, dweight, dz};
 }
 

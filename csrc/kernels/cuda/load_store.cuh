@@ -4,6 +4,8 @@
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 
+#include <algorithm>
+#include <initializer_list>
 #include <type_traits>
 
 #include "kernels/view.h"
@@ -128,8 +130,52 @@ __device__ inline void store_pack(T* p, int64_t stride, int64_t count, bool vect
     if (i < count) p[i * stride] = from_real<T>(pack.at(i));
 }
 
-// The logistic function, within a few last bits of float; saturates without overflow.
-__device__ inline float sigmoid(float v) { return __fdividef(1.f, 1.f + __expf(-v)); }
+// The same for values in the type of the arithmetic, whatever it is.
+template <class T, int N, class R>
+__device__ inline void store_values(T* p, int64_t stride, int64_t count, bool vector, const R (&v)[N]) {
+  Real<T> stored[N];
+#pragma unroll
+  for (int i = 0; i < N; ++i) stored[i] = Real<T>(v[i]);
+  store_pack(p, stride, count, vector, to_pack<T>(stored));
+}
+
+// f(data) with the type of a tensor whose dtype is known at run time, for several loads at once.
+template <class F>
+__device__ inline void with_data(const View& v, F f) {
+  switch (v.dtype) {
+    case DType::f64:
+      return f(static_cast<const double*>(v.data));
+    case DType::bf16:
+      return f(static_cast<const bf16*>(v.data));
+    case DType::f16:
+      return f(static_cast<const f16*>(v.data));
+    default:
+      return f(static_cast<const float*>(v.data));
+  }
+}
+
+// Whether packs of n values that begin at multiples of n along dim `dim` are contiguous and aligned. `sizes`:
+// of the other dims in the order of the strides; a dim of one value has no say.
+inline bool packs_align(const View& v, int dim, std::initializer_list<int64_t> sizes, int n) {
+  const int64_t value = v.dtype == DType::f64 ? 8 : v.dtype == DType::f32 ? 4 : 2;
+  bool ok = v.stride[dim] == 1 && reinterpret_cast<uintptr_t>(v.data) % std::min<int64_t>(16, n * value) == 0;
+  int i = 0;
+  for (const int64_t size : sizes) {
+    i += i == dim;
+    ok = ok && (size <= 1 || v.stride[i] % n == 0);
+    ++i;
+  }
+  return ok;
+}
+
+// The logistic function, within a few last bits of float; saturates without overflow. Four instructions: in
+// float the compiler would guard exp and division against subnormal numbers.
+__device__ inline float sigmoid(float v) {
+  float power, out;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(power) : "f"(v * -1.4426950408889634f));
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(out) : "f"(1 + power));
+  return out;
+}
 __device__ inline double sigmoid(double v) { return 1 / (1 + exp(-v)); }
 template <class R>
 __device__ inline R silu(R v) {
@@ -139,6 +185,10 @@ template <class R>
 __device__ inline R silu_grad(R v) {
   const R s = sigmoid(v);
   return s * (1 + v * (1 - s));
+}
+template <class R>
+__device__ inline R softplus(R v) {
+  return v > 20 ? v : log1p(exp(v));
 }
 
 // nullptr, or what the launches since the last call did wrong. Does not wait for them.

@@ -27,10 +27,6 @@ struct Step {
   R raw, delta;
 };
 template <class R>
-__device__ inline R softplus(R v) {
-  return v > 20 ? v : log1p(exp(v));
-}
-template <class R>
 __device__ inline Step<R> make_step(R dt, R bias, const SsdDims& dims) {
   const R raw = dt + bias;
   R delta = dims.softplus ? softplus(raw) : raw;
