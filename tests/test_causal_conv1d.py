@@ -63,6 +63,17 @@ def test_runs_at_the_edge_of_a_piece(device: str, length: int, begin: int) -> No
     check(OPERATOR, inputs | {"seq_idx": runs})
 
 
+@pytest.mark.parametrize("layout", ["contiguous", "transposed"])
+@pytest.mark.parametrize("pack", cases.PACKS)
+@pytest.mark.parametrize("w", [2, 3, 4])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_whole_packs(device: str, dtype: torch.dtype, w: int, pack: str | None, layout: str) -> None:
+    """Sizes that kernels can move in packs, with tokens enough for strips of full length."""
+    b, options = 1 if pack == "cu_seqlens" else 3, {"options": CONV_OPTIONS, "dtype": dtype, "device": device}
+    for d, l in ((256, 1024), (136, 264)):
+        check(OPERATOR, cases.causal_conv1d(b, d, l, w, pack=pack, layout=layout, **options))
+
+
 @pytest.mark.parametrize("layout", cases.LAYOUTS)
 @pytest.mark.parametrize("pack", cases.PACKS)
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -101,6 +112,28 @@ def test_swish_is_silu(device: str) -> None:
     inputs = cases.causal_conv1d(options=CONV_OPTIONS, device=device)
     silu = mamba_ops.causal_conv1d(**inputs)[0]
     assert torch.equal(mamba_ops.causal_conv1d(**inputs | {"activation": "swish"})[0], silu)
+
+
+@pytest.mark.parametrize("channel_last", [False, True])
+def test_more_than_2_to_the_31_elements(large_gpu: str, channel_last: bool) -> None:
+    """The last tokens come out as they do in a short sequence."""
+    d = 2048
+    l = 2**31 // d + 16
+    shape = (1, l, d) if channel_last else (1, d, l)
+    x = torch.randn(shape, dtype=torch.bfloat16, device=large_gpu)
+    x = (x.mT if channel_last else x).requires_grad_()
+    weight, bias = torch.randn(d, 4, device=large_gpu), torch.randn(d, device=large_gpu)
+
+    def last_tokens(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        y = mamba_ops.causal_conv1d(x, weight, bias, "silu")
+        assert isinstance(y, torch.Tensor)
+        (dx,) = torch.autograd.grad(y, x, torch.ones_like(y))
+        return y[..., -20:].clone(), dx[..., -20:].clone()
+
+    whole, alone = last_tokens(x), last_tokens(x.detach()[..., -32:].clone().requires_grad_())
+    assert x.numel() > 2**31
+    for a, b in zip(whole, alone, strict=True):
+        torch.testing.assert_close(a, b)
 
 
 @settings(max_examples=80)

@@ -75,14 +75,14 @@ void backward_cpu(const ConvCall& call, ConvBwd& params, const Tensor& x) {
 void forward_cuda(const ConvCall& call, const Tensor& x, const OptTensor& seq_idx,
                   const OptTensor& cu_seqlens) {
   CudaCall cuda(call.check.op(), x);
-  const Sequences seqs = cuda.sequences(call.params.dims.l, seq_idx, cu_seqlens);
+  const Sequences seqs = cuda.sequences(call.params.dims.l, seq_idx, cu_seqlens, true);
   cuda.launched(causal_conv1d_fwd_cuda(call.params, seqs, call.states, cuda.stream()));
 }
 
 void backward_cuda(const ConvCall& call, ConvBwd& params, const Tensor& x, const OptTensor& seq_idx,
                    const OptTensor& cu_seqlens) {
   CudaCall cuda(call.check.op(), x);
-  const Sequences seqs = cuda.sequences(call.params.dims.l, seq_idx, cu_seqlens);
+  const Sequences seqs = cuda.sequences(call.params.dims.l, seq_idx, cu_seqlens, true);
   const Tensor partial = partial_sums(call.params.dims, causal_conv1d_groups_cuda(params.fwd), x);
   params.partial = partial.data_ptr();
   cuda.launched(causal_conv1d_bwd_cuda(params, seqs, call.states, cuda.stream()));

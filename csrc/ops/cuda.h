@@ -13,6 +13,10 @@ extern "C" __attribute__((weak)) AOTITorchError aoti_torch_get_current_cuda_stre
 
 namespace mamba_ops {
 
+inline IndexView index_view(const Tensor& t) {
+  return {t.data_ptr(), t.scalar_type() == ScalarType::Long, {t.stride(0), t.dim() > 1 ? t.stride(1) : 0}};
+}
+
 // Makes the tensors' device the current one while it lives, and launches into that device's current stream.
 class CudaCall {
  public:
@@ -27,8 +31,9 @@ class CudaCall {
   void launched(const char* error) const {
     if (error) fail(op_, std::string("CUDA: ") + error);
   }
-  // The sequences of a (b, l) call, whose shapes were checked. cu_seqlens are turned into ids by a kernel.
-  Sequences sequences(int64_t l, const OptTensor& seq_idx, const OptTensor& cu_seqlens) {
+  // The sequences of a (b, l) call, whose shapes were checked. cu_seqlens are turned into ids by a kernel,
+  // and those into bits where runs begin by another, if the operator wants them.
+  Sequences sequences(int64_t l, const OptTensor& seq_idx, const OptTensor& cu_seqlens, bool starts = false) {
     Sequences seqs;
     if (seq_idx) seqs.id = index_view(*seq_idx);
     if (cu_seqlens) {
@@ -37,18 +42,22 @@ class CudaCall {
       seqs = {.id = {id, false, {0, 1}}, .cu_seqlens = index_view(*cu_seqlens), .invalid = id + l};
       launched(sequence_ids_cuda(seqs.cu_seqlens, cu_seqlens->numel() - 1, l, id, stream_));
     }
+    if (starts && seqs.id.data) {
+      const int64_t b = seq_idx ? seq_idx->size(0) : 1;
+      seqs.words = (l + 31) / 32;
+      starts_ = empty({b, seqs.words}, ScalarType::Int, seq_idx ? *seq_idx : *cu_seqlens);
+      uint32_t* bits = static_cast<uint32_t*>(starts_->data_ptr());
+      launched(run_starts_cuda(seqs, b, l, bits, stream_));
+      seqs.starts = bits;
+    }
     return seqs;
   }
 
  private:
-  static IndexView index_view(const Tensor& t) {
-    return {t.data_ptr(), t.scalar_type() == ScalarType::Long, {t.stride(0), t.dim() > 1 ? t.stride(1) : 0}};
-  }
-
   const char* op_;
   torch::stable::accelerator::DeviceGuard guard_;
   void* stream_ = nullptr;
-  OptTensor ids_;
+  OptTensor ids_, starts_;
 };
 
 }  // namespace mamba_ops

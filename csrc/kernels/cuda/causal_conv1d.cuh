@@ -1,11 +1,11 @@
 // What forward and backward of the causal convolution share: how a launch is cut, a thread's tokens, its
 // taps.
 //
-// A thread owns kC channels and walks chunks of kT tokens, with the kHalo tokens before a chunk at hand.
-// Where channels are contiguous in memory kC > 1, a pack is one token of kC channels, the lanes of a warp lie
-// along the channels, and a thread's chunks follow each other. Elsewhere kC = 1, a pack is a chunk, the lanes
-// lie along the tokens, and a thread's chunks are one row of lanes apart. Any strides are right: what is not
-// contiguous and aligned is moved value by value.
+// A thread owns kC channels and walks strips of tokens from left to right, with the last kHalo - 1 inputs in
+// registers. Where channels are contiguous in memory kC > 1, a pack is one token of kC channels, the lanes of
+// a warp lie along the channels, and a strip is all the tokens that a thread has. Elsewhere kC = 1, a pack is
+// kT tokens, the lanes lie along the tokens, and a strip is one pack; the strips of a thread are a row of
+// lanes apart. Any strides are right: kVector kernels move whole packs, the others value by value.
 #pragma once
 #include <algorithm>
 #include <climits>
@@ -17,8 +17,7 @@
 namespace mamba_ops::gpu {
 
 inline constexpr int kConvThreads = 128;
-inline constexpr int kConvChannels = 128;  // most channels of a block
-inline constexpr int kHalo = 4;            // tokens kept of the neighbouring chunk, >= w - 1
+inline constexpr int kHalo = 4;  // taps; a strip sees one token less of its neighbours
 
 // ---- Host: tiles and tensors
 
@@ -27,17 +26,16 @@ template <class T>
 struct Tokens {
   T* data;
   int64_t stride_b, stride_d, stride_l;
-  bool vector;  // its packs are contiguous and aligned
+
+  __device__ explicit Tokens(const View& v)
+      : data(static_cast<T*>(v.data)), stride_b(v.stride[0]), stride_d(v.stride[1]), stride_l(v.stride[2]) {}
 };
 
-template <class T, int kC, int kT>
-Tokens<T> tokens(const View& v, const ConvDims& dims) {
-  constexpr int kPack = kC > 1 ? kC : kT;
-  const int64_t along = v.stride[kC > 1 ? 1 : 2], across = v.stride[kC > 1 ? 2 : 1];
-  const int64_t across_size = kC > 1 ? dims.l : dims.d;
-  const bool aligned = reinterpret_cast<uintptr_t>(v.data) % alignof(Pack<T, kPack>) == 0 &&
-                       (dims.b == 1 || v.stride[0] % kPack == 0) && (across_size == 1 || across % kPack == 0);
-  return {static_cast<T*>(v.data), v.stride[0], v.stride[1], v.stride[2], along == 1 && aligned};
+// Whether all packs of a tensor are whole, contiguous and aligned.
+template <int kC, int kT>
+bool whole_packs(const View& v, const ConvDims& dims) {
+  return kC > 1 ? dims.d % kC == 0 && packs_align(v, 1, {dims.b, dims.l}, kC)
+                : dims.l % kT == 0 && packs_align(v, 2, {dims.b, dims.d}, kT);
 }
 
 // Whether neighbours in memory are channels rather than tokens.
@@ -45,7 +43,7 @@ inline bool channel_last(const ConvDims& dims, const View& x) {
   return dims.d > 1 && (dims.l == 1 || x.stride[1] < x.stride[2]);
 }
 
-// A block takes one tile of one batch row; each of its threads takes `chunks` chunks of it.
+// A block takes one tile of one batch row; each of its threads takes `chunks` times kT tokens of it.
 struct ConvTiles {
   int lane_bits;  // log2 of the threads of a block along the contiguous axis
   int chunks;
@@ -77,11 +75,11 @@ ConvTiles conv_tiles(const ConvDims& dims, int max_chunks) {
 
 // f.template operator()<T, kC, kT>() for the storage type and the layout of x. A pack of channels is 8 bytes
 // (16 of double): more would take registers away from threads, and those keep more bytes in flight.
-template <class F>
+template <int kTokens, class F>
 auto by_layout(const ConvDims& dims, const View& x, F f) {
   return by_storage(x.dtype, [&]<class T>() {
     constexpr int kC = sizeof(T) == 2 ? 4 : 2;
-    return channel_last(dims, x) ? f.template operator()<T, kC, kHalo>() : f.template operator()<T, 1, 8>();
+    return channel_last(dims, x) ? f.template operator()<T, kC, kTokens>() : f.template operator()<T, 1, 8>();
   });
 }
 
@@ -111,120 +109,105 @@ struct ConvThread {
   }
 };
 
-// kRows tokens of kC channels, as stored.
-template <class T, int kC, int kRows>
-struct Chunk {
-  Pack<T, (kC > 1 ? kC : kRows)> pack[kC > 1 ? kRows : 1];
-
-  // Tokens first .. first + kRows - 1, or zeros outside [0, l) and from channel d on. A chunk begins at a
-  // multiple of its size: it lies before token 0 as a whole or not at all.
-  __device__ void load(const Tokens<T>& x, int64_t row, int64_t channel, int64_t first,
-                       const ConvDims& dims) {
-    const T* p = x.data + row * x.stride_b + channel * x.stride_d + first * x.stride_l;
-    const int rows = first < 0 || first >= dims.l ? 0 : dims.l - first < kRows ? int(dims.l - first) : kRows;
-    if constexpr (kC > 1) {
-#pragma unroll
-      for (int i = 0; i < kRows; ++i)
-        pack[i] = load_pack<kC>(p + i * x.stride_l, x.stride_d, i < rows ? dims.d - channel : 0, x.vector);
-    } else {
-      pack[0] = load_pack<kRows>(p, x.stride_l, rows, x.vector);
-    }
-  }
-  __device__ Real<T> at(int i, int j) const { return kC > 1 ? pack[kC > 1 ? i : 0].at(j) : pack[0].at(i); }
-};
-
-template <int kC, int kT, class T>
-__device__ inline void store_chunk(const Tokens<T>& y, int64_t row, int64_t channel, int64_t first,
-                                   const ConvDims& dims, const Real<T> (&v)[kT][kC]) {
-  T* p = y.data + row * y.stride_b + channel * y.stride_d + first * y.stride_l;
-  if constexpr (kC > 1) {
-#pragma unroll
-    for (int i = 0; i < kT; ++i)
-      if (first + i < dims.l)
-        store_pack(p + i * y.stride_l, y.stride_d, dims.d - channel, y.vector, to_pack<T>(v[i]));
+// N values from p on, as many of them as there are; kVector: all of them or none.
+template <bool kVector, int N, class T>
+__device__ inline Pack<T, N> load_some(const T* p, int64_t stride, int64_t count) {
+  if constexpr (kVector) {
+    return count > 0 ? *reinterpret_cast<const Pack<T, N>*>(p) : Pack<T, N>{};
   } else {
-    Real<T> tokens[kT];
+    return load_pack<N>(p, stride, count, false);
+  }
+}
+template <bool kVector, int N, class T>
+__device__ inline void store_some(T* p, int64_t stride, int64_t count, const Real<T> (&v)[N]) {
+  if constexpr (kVector) {
+    if (count > 0) *reinterpret_cast<Pack<T, N>*>(p) = to_pack<T>(v);
+  } else {
+    store_pack(p, stride, count, false, to_pack<T>(v));
+  }
+}
+
+// The inputs at and before a token of a thread's channels: at[m] is m tokens back.
+template <class R, int kC>
+struct Past {
+  R at[kHalo][kC];
+
+  __device__ void advance() {
 #pragma unroll
-    for (int i = 0; i < kT; ++i) tokens[i] = v[i][0];
-    store_pack(p, y.stride_l, dims.l - first, y.vector, to_pack<T>(tokens));
-  }
-}
-
-// How many tokens of its run lie before the token of bit i in `starts` (see run_starts), up to kHalo - 1.
-__device__ inline int tokens_before(unsigned starts, int i) {
-  return starts >> i & 1 ? 0 : starts >> (i - 1) & 1 ? 1 : starts >> (i - 2) & 1 ? 2 : kHalo - 1;
-}
-
-// x~ around a chunk: the chunk, its left neighbours, and the initial states of the runs that begin here.
-// kWhole: no run begins here.
-template <bool kWhole, class T, int kC, int kRows>
-struct Inputs {
-  const ConvFwd& p;
-  const Sequences& seqs;
-  const Chunk<T, kC, kHalo>& left;
-  const Chunk<T, kC, kRows>& chunk;
-  unsigned starts;  // bit kHalo: the chunk's first token
-  int64_t row, channel, first;
-
-  struct Reach {
-    int tokens = kHalo - 1;     // that lie before in the run
-    const T* before = nullptr;  // the run's initial state; absent: zeros
-  };
-  __device__ Reach reach(int i) const {
-    Reach reach;
-    if (kWhole) return reach;
-    reach.tokens = tokens_before(starts, kHalo + i);
-    if (const View& s = p.initial_state; s.data && reach.tokens < kHalo - 1 && first + i < p.dims.l) {
-      const int64_t state = state_row(seqs, row, first + i - reach.tokens);
-      if (state >= 0)
-        reach.before = static_cast<const T*>(s.data) + state * s.stride[0] + channel * s.stride[1];
-    }
-    return reach;
-  }
-  // What token i of the chunk sees m tokens back in channel j.
-  __device__ Real<T> tap(const Reach& reach, int i, int m, int j) const {
-    if (kWhole || m <= reach.tokens) return m <= i ? chunk.at(i - m, j) : left.at(kHalo + i - m, j);
-    if (!reach.before) return 0;
-    const View& s = p.initial_state;
-    return to_real(reach.before[j * s.stride[1] + (p.dims.w - 1 - m + reach.tokens) * s.stride[2]]);
+    for (int m = kHalo - 1; m > 0; --m)
+#pragma unroll
+      for (int j = 0; j < kC; ++j) at[m][j] = at[m - 1][j];
   }
 };
 
-// The taps of a thread's channels: weight[m] meets the token m steps back.
+// The taps of a thread's channels: weight[m] meets the token m steps back. NaN where the offsets are invalid.
 template <class R, int kC>
 struct Taps {
   R weight[kHalo][kC], bias[kC];
 
-  __device__ Taps(const R* shared, int local_channel) {
+  __device__ Taps(const ConvFwd& p, const Sequences& seqs, int64_t channel) {
+    const R poison = is_invalid(seqs) ? R(NAN) : R(0);
+    const auto clamped = [&](int j) { return channel + j < p.dims.d ? channel + j : channel; };
+    with_data(p.weight, [&](const auto* data) {
 #pragma unroll
-    for (int j = 0; j < kC; ++j) {
+      for (int j = 0; j < kC; ++j)
 #pragma unroll
-      for (int m = 0; m < kHalo; ++m) weight[m][j] = shared[m * kConvChannels + local_channel + j];
-      bias[j] = shared[kHalo * kConvChannels + local_channel + j];
-    }
+        for (int m = 0; m < kHalo; ++m)
+          weight[m][j] =
+              m < p.dims.w
+                  ? poison +
+                        R(to_real(
+                            data[clamped(j) * p.weight.stride[0] + (p.dims.w - 1 - m) * p.weight.stride[1]]))
+                  : R(0);
+    });
+#pragma unroll
+    for (int j = 0; j < kC; ++j) bias[j] = 0;
+    if (p.bias.data)
+      with_data(p.bias, [&](const auto* data) {
+#pragma unroll
+        for (int j = 0; j < kC; ++j) bias[j] = to_real(data[clamped(j) * p.bias.stride[0]]);
+      });
+  }
+  __device__ R convolve(const Past<R, kC>& past, int j, int w) const {
+    R out = bias[j];
+#pragma unroll
+    for (int m = kHalo - 1; m >= 0; --m)
+      if (m < w) out += weight[m][j] * past.at[m][j];
+    return out;
   }
 };
 
-// Fills the block's taps in shared memory: weights by their distance, then the bias. NaN where the offsets
-// are invalid.
-template <class R>
-__device__ inline void load_taps(R* shared, const ConvFwd& p, const Sequences& seqs, int64_t first,
-                                 int channels) {
-  const R poison = is_invalid(seqs) ? R(NAN) : R(0);
-  const int w = p.dims.w;
-  for (int i = threadIdx.x; i < channels * kHalo; i += kConvThreads) {
-    const int c = i / kHalo, k = i % kHalo;
-    if (k < w)
-      shared[(w - 1 - k) * kConvChannels + c] =
-          first + c < p.dims.d
-              ? load_one<R>(p.weight, (first + c) * p.weight.stride[0] + k * p.weight.stride[1]) + poison
-              : R(0);
-    else
-      shared[k * kConvChannels + c] = 0;
-  }
-  for (int c = threadIdx.x; c < channels; c += kConvThreads)
-    shared[kHalo * kConvChannels + c] =
-        p.bias.data && first + c < p.dims.d ? load_one<R>(p.bias, (first + c) * p.bias.stride[0]) : R(0);
+template <class T>
+__device__ inline Real<T> value_at(const View& v, int64_t i, int64_t channel, int64_t k) {
+  return to_real(static_cast<const T*>(v.data)[i * v.stride[0] + channel * v.stride[1] + k * v.stride[2]]);
+}
+
+// What lies before token t: tokens of its run, then the run's initial state. Where runs begin, out of the way
+// of the kernels' registers.
+template <class T, int kC>
+__device__ __noinline__ Past<Real<T>, kC> look_back(const ConvFwd& p, const Sequences& seqs, int64_t row,
+                                                    int64_t channel, int64_t t) {
+  int reach = 0;
+  while (reach < kHalo - 1 && t - reach > 0 && !begins(seqs, row, t - reach)) ++reach;
+  const int64_t state =
+      p.initial_state.data && reach < kHalo - 1 ? state_row(seqs, row, t - reach) : int64_t(-1);
+  Past<Real<T>, kC> past = {};
+#pragma unroll
+  for (int m = 1; m < kHalo; ++m)
+#pragma unroll
+    for (int j = 0; j < kC; ++j)
+      if (m < p.dims.w && channel + j < p.dims.d) {
+        if (m <= reach)
+          past.at[m][j] = value_at<T>(p.x, row, channel + j, t - m);
+        else if (state >= 0)
+          past.at[m][j] = value_at<T>(p.initial_state, state, channel + j, p.dims.w - 1 - m + reach);
+      }
+  return past;
+}
+
+// Whether all kHalo - 1 tokens before token t are of its run.
+__device__ inline bool is_inside(const Sequences& seqs, int64_t row, int64_t t) {
+  return t > 0 && next_run(seqs, row, t - (kHalo - 2), t + 1) > t;
 }
 
 // ---- Ends of runs, where states enter and leave: one channel, one value at a time

@@ -4,15 +4,19 @@
 //   gW_m = sum_t gc_t x~_{t-m};  gbias = sum_t gc_t
 //
 // A block owns a tile of channels and tokens of one batch row, a thread kC channels and a stretch of the
-// tokens (see causal_conv1d.cuh). It walks its chunks of x and dy from left to right; gc of a chunk completes
-// dx of the chunk before, and at the end of a stretch gc of kHalo more tokens is computed for the last one.
-// dweight and dbias are summed over the thread's own tokens in registers, then over the threads that share a
-// channel, in order, in shared memory: one partial per group (a tile of tokens of one row of the grid).
-// conv_reduce adds the groups. No atomics, every order is fixed by the sizes: bitwise repeatable, and the
-// same on every GPU. Where states enter or leave, conv_edges computes dinitial, and dx of the last w - 1
-// tokens anew with dfinal added. Shared memory: taps 5 x 128, sums 5 x kC x 128 values (at most 2.5 + 10 KiB
-// in float, 5 + 10 in double).
+// tokens (see causal_conv1d.cuh). It walks x and dy from left to right, the next kT tokens on their way; gc
+// of a token completes dx of the token kHalo - 1 before it, so that a stretch takes kHalo - 1 tokens more
+// than it has. dweight and dbias are summed over the thread's own tokens in registers, then over the threads
+// that share a channel, in order, in shared memory: one partial per group (a tile of tokens of one row of the
+// grid). conv_reduce adds the groups. No atomics, every order is fixed by the sizes: bitwise repeatable, and
+// the same on every GPU. Where states enter or leave, conv_edges computes dinitial, and dx of the last w - 1
+// tokens anew with dfinal added. Shared memory: sums 5 x kC x 128 values (at most 10 KiB).
+//
+// b4 d5376 l4096 bfloat16 channel-last, SiLU: 0.236 ms on an H100 and conv_reduce 0.007: 2.2 TB/s where a
+// copy has 3.0. Issue slots are 56 % busy with 128 M instructions; 16 warps an SM (128 registers) do not hide
+// the latency of the loads.
 #include "kernels/cuda/causal_conv1d.cuh"
+#include "kernels/cuda/reduce.cuh"
 
 namespace mamba_ops {
 
@@ -20,111 +24,162 @@ namespace gpu {
 
 namespace {
 
-constexpr int kMaxChunks = 16;  // of conv_tiles
+constexpr int kMaxChunks = 16, kTokens = 4;  // of conv_tiles; in flight where channels are contiguous
 
-template <class R>
-__device__ inline R through_activation(R dy, R c, bool silu) {
-  return silu ? dy * silu_grad(c) : dy;
-}
+// Sums of dweight by distance, then of dbias.
+template <class R, int kC>
+struct Sums {
+  R of[kHalo + 1][kC];
+};
 
-// gc of a chunk, added to what it is part of: W_m gc to dx of the token m back, in the chunk or in the kHalo
-// tokens before it, and, if the tokens are the thread's own, to its sums of dweight (by distance) and dbias.
-template <bool kWhole, class T, int kC, int kRows>
-__device__ void add_grad(const Inputs<kWhole, T, kC, kRows>& x, const Chunk<T, kC, kRows>& dy,
-                         const Taps<Real<T>, kC>& taps, bool own, Real<T> (*dx_before)[kC], Real<T> (*dx)[kC],
-                         Real<T> (&sums)[kHalo + 1][kC]) {
-  const ConvDims& dims = x.p.dims;
+// dx of tokens that gc of later ones still adds to: at[m] of the token m + 1 before the next one.
+template <class R, int kC>
+struct Pending {
+  R at[kHalo - 1][kC];
+};
+
+// gc of the token past[0], added to what it is part of. finished: dx of the token kHalo - 1 before it.
+// kMasked: the run may have ended (gc = 0), and the token may be another thread's (no sums).
+template <bool kMasked, class R, int kC>
+__device__ inline void add_grad(const Taps<R, kC>& taps, const Past<R, kC>& past, const R (&dy)[kC],
+                                const ConvDims& dims, bool exists, bool own, Sums<R, kC>& sums,
+                                Pending<R, kC>& pending, R (&finished)[kC]) {
+  R grad[kC];
 #pragma unroll
-  for (int i = 0; i < kRows; ++i) {
-    const auto reach = x.reach(i);
+  for (int j = 0; j < kC; ++j) grad[j] = dy[j];
+  if (dims.silu)
 #pragma unroll
-    for (int j = 0; j < kC; ++j) {
-      Real<T> seen[kHalo], c = taps.bias[j];
+    for (int j = 0; j < kC; ++j) grad[j] *= silu_grad(taps.convolve(past, j, dims.w));
 #pragma unroll
-      for (int m = kHalo - 1; m >= 0; --m)
-        if (m < dims.w) {
-          seen[m] = x.tap(reach, i, m, j);
-          c += taps.weight[m][j] * seen[m];
-        }
-      Real<T> g = through_activation(dy.at(i, j), c, dims.silu);
-      if (!kWhole && x.first + i >= dims.l) g = 0;
-      const Real<T> share = own ? g : 0;
+  for (int j = 0; j < kC; ++j) {
+    R g = grad[j];
+    if (kMasked && !exists) g = 0;
+    const R share = kMasked && !own ? R(0) : g;
+    R part[kHalo];  // of dx of the token m before
 #pragma unroll
-      for (int m = 0; m < kHalo; ++m)
-        if (m < dims.w) {
-          sums[m][j] += share * seen[m];
-          if (kWhole || m <= reach.tokens)
-            (i < m ? dx_before[kHalo + i - m] : dx[i - m])[j] += taps.weight[m][j] * g;
-        }
-      sums[kHalo][j] += share;
+    for (int m = 0; m < kHalo; ++m) {
+      part[m] = m == 0 ? R(0) : pending.at[m - 1][j];
+      if (m >= dims.w) continue;
+      sums.of[m][j] += share * past.at[m][j];
+      part[m] += taps.weight[m][j] * g;
     }
+    sums.of[kHalo][j] += share;
+    finished[j] = part[kHalo - 1];
+#pragma unroll
+    for (int m = 0; m < kHalo - 1; ++m) pending.at[m][j] = part[m];
   }
 }
 
-template <class T, int kC, int kT>
-__global__ void __launch_bounds__(kConvThreads, 3)
-    conv_bwd(const ConvBwd p, const Tokens<T> x, const Tokens<T> dy, const Tokens<T> dx, const Sequences seqs,
+template <class T, int kC, int kT, bool kVector>
+__global__ void __launch_bounds__(kConvThreads, 4)
+    conv_bwd(const __grid_constant__ ConvBwd p, const __grid_constant__ Sequences seqs,
              const ConvTiles tiles) {
   using R = Real<T>;
-  __shared__ R s_taps[(kHalo + 1) * kConvChannels];
   __shared__ R s_sums[kHalo + 1][kConvThreads * kC];
   const ConvDims& dims = p.fwd.dims;
   const ConvThread<kC, kT> me(tiles);
-  load_taps(s_taps, p.fwd, seqs, me.block_channel, tiles.channels);
-  __syncthreads();
-  const Taps<R, kC> taps(s_taps, me.local_channel);
-  R sums[kHalo + 1][kC] = {};
+  const Tokens<T> x(p.fwd.x), dy(p.dy), dx(p.dx);
+  const int channels = kVector ? kC : int(min(dims.d - me.channel, int64_t(kC)));
+  const Taps<R, kC> taps(p.fwd, seqs, me.channel);
+  Sums<R, kC> sums = {};
 
   for (int64_t row = blockIdx.y; row < dims.b && me.channel < dims.d; row += gridDim.y) {
-    const auto load = [&](auto& chunk, const Tokens<T>& from, int64_t first) {
-      chunk.load(from, row, me.channel, first, dims);
+    const T* const from_x = x.data + row * x.stride_b + me.channel * x.stride_d;
+    const T* const from_dy = dy.data + row * dy.stride_b + me.channel * dy.stride_d;
+    T* const to = dx.data + row * dx.stride_b + me.channel * dx.stride_d;
+    // Where the run of token t ends, as far as tokens before `end` may be concerned.
+    const auto run_end = [&](int64_t t, int64_t end) {
+      return next_run(seqs, row, t + 1, min(end + kHalo - 1, dims.l));
     };
-    const auto add = [&]<int kRows>(bool own, int64_t first, const Chunk<T, kC, kHalo>& left,
-                                    const Chunk<T, kC, kRows>& chunk, const Chunk<T, kC, kRows>& dy_chunk,
-                                    R(*dx_before)[kC], R(*dx_chunk)[kC]) {
-      const unsigned starts = run_starts<kHalo + kRows>(seqs, row, first - kHalo, dims.l);
-      if (starts == 0)
-        add_grad<true, T, kC, kRows>({p.fwd, seqs, left, chunk, starts, row, me.channel, first}, dy_chunk,
-                                     taps, own, dx_before, dx_chunk, sums);
-      else
-        add_grad<false, T, kC, kRows>({p.fwd, seqs, left, chunk, starts, row, me.channel, first}, dy_chunk,
-                                      taps, own, dx_before, dx_chunk, sums);
-    };
+    Past<R, kC> past;
     if constexpr (kC > 1) {
-      Chunk<T, kC, kT> left, chunk, dy_chunk;
-      R dx_before[kT][kC] = {};
-      load(chunk, x, me.token - kT);
-      // One chunk more than the thread owns completes dx of its last one.
-      for (int q = 0; q <= tiles.chunks; ++q) {
-        const int64_t first = me.token + q * kT;
-        if (first >= dims.l + (q > 0 ? kT : 0)) break;
-        left = chunk;
-        load(chunk, x, first);
-        load(dy_chunk, dy, first);
-        R dx_chunk[kT][kC] = {};
-        add(q < tiles.chunks, first, left, chunk, dy_chunk, dx_before, dx_chunk);
-        if (q > 0) store_chunk(dx, row, me.channel, first - kT, dims, dx_before);
+      const int64_t strip_end = min(me.token + int64_t(tiles.chunks) * kT, dims.l);
+      for (int64_t first = me.token, end; first < strip_end; first = end) {  // stretches of one run
+        const int64_t last = run_end(first, strip_end);
+        end = min(last, strip_end);
+        // Tokens from here on are counted from `first`.
+        const int own = int(end - first), exist = int(min(end + kHalo - 1, last) - first);
+        const T *ahead_x = from_x + first * x.stride_l, *ahead_dy = from_dy + first * dy.stride_l;
+        T* done = to + (first - (kHalo - 1)) * dx.stride_l;
+        Pack<T, kC> pack_x[kT], pack_dy[kT];
+        const auto fetch = [&](int i, int t) {
+          pack_x[i] = load_some<kVector, kC>(ahead_x, x.stride_d, t < exist ? channels : 0);
+          pack_dy[i] = load_some<kVector, kC>(ahead_dy, dy.stride_d, t < exist ? channels : 0);
+          ahead_x += x.stride_l;
+          ahead_dy += dy.stride_l;
+        };
 #pragma unroll
-        for (int i = 0; i < kT; ++i)
+        for (int i = 0; i < kT; ++i) fetch(i, i);
+        if (is_inside(seqs, row, first))
 #pragma unroll
-          for (int j = 0; j < kC; ++j) dx_before[i][j] = dx_chunk[i][j];
+          for (int m = 1; m < kHalo; ++m) {
+            const auto before =
+                load_some<kVector, kC>(from_x + (first - m) * x.stride_l, x.stride_d, channels);
+#pragma unroll
+            for (int j = 0; j < kC; ++j) past.at[m][j] = before.at(j);
+          }
+        else
+          past = look_back<T, kC>(p.fwd, seqs, row, me.channel, first);
+        Pending<R, kC> pending = {};
+        const auto walk = [&]<bool kMasked>(int begin) {
+#pragma unroll
+          for (int i = 0; i < kT; ++i) {
+            const int t = begin + i;
+            R gy[kC], finished[kC];
+#pragma unroll
+            for (int j = 0; j < kC; ++j) {
+              past.at[0][j] = pack_x[i].at(j);
+              gy[j] = pack_dy[i].at(j);
+            }
+            fetch(i, t + kT);
+            add_grad<kMasked>(taps, past, gy, dims, t < exist, t < own, sums, pending, finished);
+            past.advance();
+            const bool mine = t >= kHalo - 1 && (!kMasked || t < own + kHalo - 1);
+            store_some<kVector, kC>(done, dx.stride_d, mine ? channels : 0, finished);
+            done += dx.stride_l;
+          }
+        };
+        int t = 0;
+        for (; t + kT <= own; t += kT) walk.template operator()<false>(t);
+        for (; t < own + kHalo - 1; t += kT) walk.template operator()<true>(t);
       }
     } else {
       for (int q = 0; q < tiles.chunks; ++q) {
-        const int64_t first = me.token + q * me.strips * kT;
-        if (first >= dims.l) break;
-        Chunk<T, kC, kHalo> left, last, right, dy_right;
-        Chunk<T, kC, kT> chunk, dy_chunk;
-        load(left, x, first - kHalo);
-        load(chunk, x, first);
-        load(last, x, first + kT - kHalo);
-        load(right, x, first + kT);
-        load(dy_chunk, dy, first);
-        load(dy_right, dy, first + kT);
-        R beyond[kHalo][kC] = {}, dx_chunk[kT][kC] = {};
-        add(true, first, left, chunk, dy_chunk, beyond, dx_chunk);
-        add(false, first + kT, last, right, dy_right, dx_chunk + (kT - kHalo), beyond);
-        store_chunk(dx, row, me.channel, first, dims, dx_chunk);
+        const int64_t strip = me.token + q * int64_t(me.strips) * kT, strip_end = min(strip + kT, dims.l);
+        if (strip >= dims.l) break;
+        const auto load = [&]<int kN>(const T* from, int64_t stride, int64_t t) {
+          return load_some<kVector, kN>(from + t * stride, stride, dims.l - t);
+        };
+        const auto own_x = load.template operator()<kT>(from_x, x.stride_l, strip);
+        const auto own_dy = load.template operator()<kT>(from_dy, dy.stride_l, strip);
+        const auto right_x = load.template operator()<kHalo>(from_x, x.stride_l, strip + kT);
+        const auto right_dy = load.template operator()<kHalo>(from_dy, dy.stride_l, strip + kT);
+        R out[kT];
+        for (int64_t first = strip, end; first < strip_end; first = end) {  // stretches of one run
+          const int64_t last = run_end(first, strip_end);
+          end = min(last, strip_end);
+          if (first == strip && is_inside(seqs, row, first)) {
+            const auto left = load.template operator()<kHalo>(from_x, x.stride_l, first - kHalo);
+#pragma unroll
+            for (int m = 1; m < kHalo; ++m) past.at[m][0] = left.at(kHalo - m);
+          } else {
+            past = look_back<T, kC>(p.fwd, seqs, row, me.channel, first);
+          }
+          Pending<R, kC> pending = {};
+          const int begin = int(first - strip), own = int(end - strip), exist = int(last - strip);
+#pragma unroll
+          for (int i = 0; i < kT + kHalo - 1; ++i) {
+            if (i < begin) continue;
+            R gy[kC], finished[kC];
+            past.at[0][0] = i < kT ? own_x.at(i) : right_x.at(i - kT);
+            gy[0] = i < kT ? own_dy.at(i) : right_dy.at(i - kT);
+            add_grad<true>(taps, past, gy, dims, i < exist, i < own, sums, pending, finished);
+            past.advance();
+            if (const int done = i - (kHalo - 1); done >= begin && done < own)
+              out[i - (kHalo - 1)] = finished[0];
+          }
+        }
+        store_some<kVector, kT>(to + strip * dx.stride_l, dx.stride_l, dims.l - strip, out);
       }
     }
   }
@@ -133,7 +188,7 @@ __global__ void __launch_bounds__(kConvThreads, 3)
 #pragma unroll
   for (int k = 0; k <= kHalo; ++k)
 #pragma unroll
-    for (int j = 0; j < kC; ++j) s_sums[k][me.strip * tiles.channels + me.local_channel + j] = sums[k][j];
+    for (int j = 0; j < kC; ++j) s_sums[k][me.strip * tiles.channels + me.local_channel + j] = sums.of[k][j];
   __syncthreads();
   const int64_t group = blockIdx.y * tiles.token_tiles + me.token_tile, ld = padded(dims.d);
   R* partial = static_cast<R*>(p.partial) + group * (dims.w + 1) * ld + me.block_channel;
@@ -147,26 +202,15 @@ __global__ void __launch_bounds__(kConvThreads, 3)
   }
 }
 
-constexpr int kReduceColumns = 32, kReduceRows = 8;
-
-// dweight and dbias: thread (column, row) of a block adds the groups row, row + 8, ... of its column, and the
-// first row adds the 8 sums. In double: a long sequence has thousands of groups, and these are few additions.
+// dweight and dbias.
 template <class R>
-__global__ void __launch_bounds__(kReduceColumns* kReduceRows)
+__global__ void __launch_bounds__(kReduceThreads)
     conv_reduce(const ConvBwd p, const Sequences seqs, int64_t groups) {
-  __shared__ double s_sums[kReduceRows][kReduceColumns];
-  const int64_t d = p.fwd.dims.d, w = p.fwd.dims.w, ld = padded(d);
-  const int column = threadIdx.x % kReduceColumns, first = threadIdx.x / kReduceColumns;
-  const int64_t tiles = (d + kReduceColumns - 1) / kReduceColumns;
-  const int64_t k = blockIdx.x / tiles, c = blockIdx.x % tiles * kReduceColumns + column;
-  const R* from = static_cast<const R*>(p.partial) + k * ld + c;
-  double total = 0;
-  if (c < d)
-    for (int64_t g = first; g < groups; g += kReduceRows) total += from[g * (w + 1) * ld];
-  s_sums[first][column] = total;
-  __syncthreads();
-  if (first != 0 || c >= d) return;
-  for (int row = 1; row < kReduceRows; ++row) total += s_sums[row][column];
+  const int64_t d = p.fwd.dims.d, w = p.fwd.dims.w, ld = padded(d), tiles = reduce_blocks(d);
+  const int64_t k = blockIdx.x / tiles,
+                c = blockIdx.x % tiles * kReduceColumns + threadIdx.x % kReduceColumns;
+  double total = sum_column(static_cast<const R*>(p.partial) + k * ld + c, groups, (w + 1) * ld, c < d);
+  if (threadIdx.x >= kReduceColumns || c >= d) return;
   if (is_invalid(seqs)) total = NAN;
   if (k < w)
     store_one(p.dweight, c * p.dweight.stride[0] + k * p.dweight.stride[1], total);
@@ -184,7 +228,7 @@ __device__ R conv_grad_at(const ConvBwd& p, const EdgeRun& run, int64_t channel,
     c += load_one<R>(weight, channel * weight.stride[0] + k * weight.stride[1]) *
          input_at<R>(p.fwd, run, channel, t - (w - 1) + k);
   const R dy = load_one<R>(p.dy, run.row * p.dy.stride[0] + channel * p.dy.stride[1] + t * p.dy.stride[2]);
-  return through_activation(dy, c, p.fwd.dims.silu);
+  return p.fwd.dims.silu ? dy * silu_grad(c) : dy;
 }
 
 // gx~ of token t, which may lie w - 1 before the run: sum_m W_m gc_{t+m}, and dfinal where t is among the
@@ -239,7 +283,7 @@ int64_t groups_of(const ConvDims& dims, const ConvTiles& tiles) {
 
 int64_t causal_conv1d_groups_cuda(const ConvFwd& p) {
   using namespace gpu;
-  return by_layout(p.dims, p.x, [&]<class T, int kC, int kT>() {
+  return by_layout<kTokens>(p.dims, p.x, [&]<class T, int kC, int kT>() {
     return groups_of(p.dims, conv_tiles<kC, kT>(p.dims, kMaxChunks));
   });
 }
@@ -250,22 +294,23 @@ const char* causal_conv1d_bwd_cuda(const ConvBwd& p, const Sequences& seqs, int6
   const ConvDims& dims = p.fwd.dims;
   const cudaStream_t stream = static_cast<cudaStream_t>(cuda_stream);
   if (dims.b * dims.d * dims.l > 0) {
-    const char* error = by_layout(dims, p.fwd.x, [&]<class T, int kC, int kT>() -> const char* {
+    const char* error = by_layout<kTokens>(dims, p.fwd.x, [&]<class T, int kC, int kT>() -> const char* {
       const ConvTiles tiles = conv_tiles<kC, kT>(dims, kMaxChunks);
       if (!tiles.fits()) return "more tiles than one launch may have";
-      conv_bwd<T, kC, kT><<<tiles.grid, kConvThreads, 0, stream>>>(
-          p, tokens<T, kC, kT>(p.fwd.x, dims), tokens<T, kC, kT>(p.dy, dims), tokens<T, kC, kT>(p.dx, dims),
-          seqs, tiles);
+      const auto whole = [&](const View& v) { return whole_packs<kC, kT>(v, dims); };
+      const bool vector = whole(p.fwd.x) && whole(p.dy) && whole(p.dx);
+      const auto kernel =
+          vector && sizeof(T) < 8 ? conv_bwd<T, kC, kT, sizeof(T) < 8> : conv_bwd<T, kC, kT, false>;
+      kernel<<<tiles.grid, kConvThreads, 0, stream>>>(p, seqs, tiles);
       return launch_error();
     });
     if (error) return error;
   }
   const bool wide = p.fwd.x.dtype == DType::f64;
   if (dims.d > 0) {
-    const int64_t blocks = (dims.w + 1) * ((dims.d + kReduceColumns - 1) / kReduceColumns);
     const auto reduce = wide ? conv_reduce<double> : conv_reduce<float>;
-    reduce<<<unsigned(blocks), kReduceColumns * kReduceRows, 0, stream>>>(p, seqs,
-                                                                          causal_conv1d_groups_cuda(p.fwd));
+    reduce<<<unsigned((dims.w + 1) * reduce_blocks(dims.d)), kReduceThreads, 0, stream>>>(
+        p, seqs, causal_conv1d_groups_cuda(p.fwd));
   }
   if ((p.dinitial || p.dfinal) && states * dims.d > 0) {
     const auto edges = wide ? conv_edges<double> : conv_edges<float>;

@@ -18,6 +18,19 @@ __device__ inline bool begins(const Sequences& seqs, int64_t row, int64_t t) {
   return index_at(seqs.id, at) != index_at(seqs.id, at - seqs.id.stride[1]);
 }
 
+// The first token of [from, end) of a row at which a run begins, or end. For kernels that have seqs.starts.
+__device__ inline int64_t next_run(const Sequences& seqs, int64_t row, int64_t from, int64_t end) {
+  if (!seqs.starts || from >= end) return end;
+  from = from < 0 ? 0 : from;
+  unsigned seen = ~0u << from % 32;
+  for (int64_t word = from / 32; word * 32 < end; ++word) {
+    const unsigned bits = seqs.starts[row * seqs.words + word] & seen;
+    if (bits) return min(word * 32 + __ffs(bits) - 1, end);
+    seen = ~0u;
+  }
+  return end;
+}
+
 // Bit i, from 1 to kTokens - 1: a run begins at token first + i, or the row ends there (token l).
 template <int kTokens>
 __device__ inline unsigned run_starts(const Sequences& seqs, int64_t row, int64_t first, int64_t l) {
