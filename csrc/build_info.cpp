@@ -125,7 +125,7 @@ Plan plan(const std::string& op, const std::string& device, const std::string& d
     if (op == "ssd")
       describe_cuda(plan, ssd, dtype_of(dtype));
     else
-      plan["kernel"] = op == "causal_conv1d" ? "cuda" : "none: " + op + " has no CUDA kernel in this version";
+      plan["kernel"] = op != "selective_scan" ? "cuda" : "none: " + op + " has no CUDA kernel in this version";
 #else
     plan["kernel"] = std::string("none: built without CUDA (") + MAMBA_OPS_CUDA_VERSION + ")";
 #endif

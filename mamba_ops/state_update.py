@@ -36,6 +36,7 @@ def causal_conv1d_update(
         activation: None, "silu" or "swish" (the same).
         state_indices: (b) integers below s: the row of the state for each batch row. Negative: a padding row,
             whose y is zero and which touches no state. Rows that share a state take their turns in order.
+            On CUDA an index beyond s cannot raise: the y of its row is NaN, and no state is touched.
 
     Returns:
         y, shaped like x, in its dtype and layout. Not differentiable.
@@ -86,6 +87,7 @@ def selective_state_update(
         delta_softplus: apply softplus to delta + delta_bias.
         state_indices: (b) integers below s: the row of the state for each batch row. Negative: a padding row,
             whose y is zero and which touches no state. Rows that share a state take their turns in order.
+            On CUDA an index beyond s cannot raise: the y of its row is NaN, and no state is touched.
 
     Returns:
         y, shaped like u, in its dtype and layout, from the unrounded state. Not differentiable.
@@ -136,6 +138,7 @@ def ssd_state_update(
         dt_limit: the step size is clamped to this range.
         state_indices: (b) integers below s: the row of the state for each batch row. Negative: a padding row,
             whose y is zero and which touches no state. Rows that share a state take their turns in order.
+            On CUDA an index beyond s cannot raise: the y of its row is NaN, and no state is touched.
 
     Returns:
         y, shaped like x, in its dtype and layout, from the unrounded state. Not differentiable.

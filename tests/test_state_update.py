@@ -62,6 +62,18 @@ def test_ssd(
     )
 
 
+@pytest.mark.parametrize("n", [4, 16, 24, 64, 128, 256, 260, 600])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_states_of_whole_packs(device: str, dtype: torch.dtype, n: int) -> None:
+    """Kernels move states that are contiguous and aligned in packs, up to some size."""
+    for t, state_dtype in ((None, torch.float32), (3, torch.float32), (None, dtype), (2, dtype)):
+        options = {"t": t, "rows": 7, "state_dtype": state_dtype, "dtype": dtype, "device": device}
+        check(OPERATOR, cases.selective_state_update(3, 70, n, g=2, options=SCAN, **options))
+        for p in (5, 64):
+            inputs = cases.ssd_state_update(3, 4, p, n, groups=(2, 4), options=SSD, **options)
+            check("ssd_state_update", inputs)
+
+
 @pytest.mark.parametrize("option", [None, *SCAN])
 def test_each_scan_option_alone(device: str, option: str | None) -> None:
     options = () if option is None else (option,)
@@ -136,6 +148,55 @@ def test_nothing_but_padding(device: str, name: str) -> None:
     assert torch.equal(inputs["state"], before)
 
 
+@pytest.mark.parametrize("t", [None, 2])
+@pytest.mark.parametrize("name", UPDATES)
+def test_rows_that_share_a_state_take_their_turns(device: str, name: str, t: int | None) -> None:
+    """Equal to one call after the other. The state is float32: it is rounded nowhere in between."""
+    rows = torch.tensor([2, 0, 2, -1, 2, 0] + 40 * [1], device=device)
+    sizes = {"causal_conv1d_update": (70, 4), "selective_state_update": (70, 8)}.get(name, (2, 35, 8))
+    inputs = UPDATES[name](46, *sizes, t=t, rows=46, device=device)
+    inputs["state"], inputs["state_indices"] = inputs["state"][:3].clone(), rows
+    batched = ("x", "dt", "u", "delta", "B", "C", "z")
+    state, ys = inputs["state"].clone(), []
+    for i in range(46):
+        row = {k: v[i : i + 1] if k in batched else v for k, v in inputs.items()}
+        row |= {"state": state, "state_indices": rows[i : i + 1]}
+        ys.append(getattr(mamba_ops, name)(**row))
+    y = getattr(mamba_ops, name)(**inputs)
+    torch.testing.assert_close(y, torch.cat(ys), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(inputs["state"], state, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", UPDATES)
+def test_an_index_beyond_the_state_cannot_raise_on_cuda(device: str, name: str) -> None:
+    inputs = UPDATES[name](3, rows=5, device=device)
+    before = inputs["state"].clone()
+    inputs["state_indices"] = torch.tensor([1, 5, 3], device=device)
+    if device == "cpu":
+        with pytest.raises(RuntimeError, match="state_indices must be below s = 5, got 5 at position 1"):
+            getattr(mamba_ops, name)(**inputs)
+        return
+    y = getattr(mamba_ops, name)(**inputs)
+    assert y[1].isnan().all()
+    assert not y[[0, 2]].isnan().any()
+    assert torch.equal(inputs["state"][[0, 2, 4]], before[[0, 2, 4]])
+    assert not torch.equal(inputs["state"][[1, 3]], before[[1, 3]])
+
+
+def test_the_largest_state_of_a_gpu(device: str) -> None:
+    """48 KiB a row, in float32 and complex128; the CPU has no limit."""
+    scan = cases.selective_state_update(1, 2, 12288, options=SCAN, device=device)
+    wide = {"complex_A": True, "dtype": torch.float64, "device": device}
+    check(OPERATOR, scan)
+    check(OPERATOR, cases.selective_state_update(1, 2, 3072, options=SCAN, **wide))
+    check("ssd_state_update", cases.ssd_state_update(1, 2, 2, 12288, options=SSD, device=device))
+    if device == "cuda":
+        with pytest.raises(RuntimeError, match="n <= 12288 on CUDA, got n = 12289"):
+            mamba_ops.ssd_state_update(**cases.ssd_state_update(1, 2, 2, 12289, device=device))
+        with pytest.raises(RuntimeError, match="n <= 3072 on CUDA, got n = 3073"):
+            mamba_ops.selective_state_update(**cases.selective_state_update(1, 2, 3073, **wide))
+
+
 @pytest.mark.parametrize("name", UPDATES)
 def test_an_empty_batch(device: str, name: str) -> None:
     inputs = UPDATES[name](0, rows=3, device=device)
@@ -176,6 +237,28 @@ def test_tokens_one_by_one_equal_tokens_at_once(device: str, dtype: torch.dtype)
         y = operator(**inputs | {"state": state})
         torch.testing.assert_close(steps(operator, inputs, dim, names), y)
         torch.testing.assert_close(inputs["state"], state)
+
+
+@pytest.mark.parametrize("name", UPDATES)
+def test_states_of_more_than_2_to_the_31_elements(large_gpu: str, name: str) -> None:
+    """The last row of the state, beside the same row in a small state."""
+    sizes = {"causal_conv1d_update": (4096, 4), "selective_state_update": (4096, 128)}.get(
+        name, (64, 64, 128)
+    )
+    inputs = UPDATES[name](2, *sizes, rows=4, dtype=torch.bfloat16, device=large_gpu)
+    inputs["state"] = small = inputs["state"].bfloat16()
+    s = 2**31 // small[0].numel() + 5
+    large = torch.zeros(s, *small.shape[1:], dtype=small.dtype, device=large_gpu)
+    large[[s - 1, 1]] = small[[3, 1]]
+    assert large.numel() > 2**31
+    for indices, state in (([3, 1], small), ([s - 1, 1], large)):
+        inputs["state_indices"], inputs["state"] = torch.tensor(indices, device=large_gpu), state
+        y = getattr(mamba_ops, name)(**inputs)
+        if state is small:
+            expected = y
+    torch.testing.assert_close(y, expected)
+    torch.testing.assert_close(large[[s - 1, 1]], small[[3, 1]])
+    assert large[2 : s - 1 : 1000].count_nonzero() == 0
 
 
 @settings(max_examples=40)

@@ -6,8 +6,11 @@
 
 namespace mamba_ops {
 
-// Row of the state for each batch row, negative: padding (y = 0, no state). Null: each its own.
+// Row of the state for each batch row, negative: padding (y = 0, no state). Null: each its own. CPU only.
 using StateRows = const int64_t*;
+
+// Bytes of a row of n states in the arithmetic type, at most: those that CUDA blocks have anywhere.
+inline constexpr int64_t kUpdateRowBytesCuda = 48 << 10;
 
 // A unit of work: so many channels, or so many of one head.
 inline constexpr int64_t kUpdateRows = 64;
@@ -52,5 +55,12 @@ struct SsdUpdate {
   View D;           // (h, p)
   StateRows rows;
 };
+
+// CUDA: the rows are read on the device, where an index that is not below `states` makes y NaN and touches no
+// state. They return nullptr, or what CUDA says went wrong, and do not wait for the kernels.
+struct DeviceRows;
+const char* state_update_cuda(const ConvUpdate& p, const DeviceRows& rows, void* stream);
+const char* state_update_cuda(const ScanUpdate& p, const DeviceRows& rows, void* stream);
+const char* state_update_cuda(const SsdUpdate& p, const DeviceRows& rows, void* stream);
 
 }  // namespace mamba_ops

@@ -2,6 +2,7 @@
 
 #include <algorithm>
 
+#include "ops/cuda.h"
 #include "ops/dispatch.h"
 #include "ops/ops.h"
 
@@ -36,16 +37,18 @@ View reordered(const View& from, std::initializer_list<int> dims) {
   return to;
 }
 
-// The row of the state for each of b batch rows; empty: each its own.
-std::vector<int64_t> state_rows(const Checker& check, const Tensor& state, int64_t b,
-                                const OptTensor& indices) {
+void check_rows(const Checker& check, const Tensor& state, int64_t b, const OptTensor& indices) {
   for (int64_t i = 0; i < state.dim(); ++i)
     if (state.size(i) > 1 && state.stride(i) == 0)
       fail(check.op(),
            "state is updated in place: every value needs memory of its own, got stride 0 in dim " +
                std::to_string(i));
   if (indices) check.all("state_indices", *indices, "(b)", {b}, {ScalarType::Int, ScalarType::Long});
-  if (check.cuda()) no_cuda_kernel(check.op());
+}
+
+// The row of the state for each of b batch rows, on the CPU; empty: each its own.
+std::vector<int64_t> state_rows(const Checker& check, const Tensor& state, int64_t b,
+                                const OptTensor& indices) {
   std::vector<int64_t> rows(indices ? b : 0);
   for (size_t i = 0; i < rows.size(); ++i) {
     const int64_t at = int64_t(i) * indices->stride(0);
@@ -59,7 +62,24 @@ std::vector<int64_t> state_rows(const Checker& check, const Tensor& state, int64
   return rows;
 }
 
-StateRows data_of(const std::vector<int64_t>& rows) { return rows.empty() ? nullptr : rows.data(); }
+// Updates the state on CUDA, or as on_cpu() says, which finds the rows of the state in params.
+template <class Params, class OnCpu>
+void update(const Checker& check, Params& params, const Tensor& x, const Tensor& state,
+            const OptTensor& indices, OnCpu on_cpu) {
+  if (!check.cuda()) {
+    const std::vector<int64_t> rows = state_rows(check, state, x.size(0), indices);
+    params.rows = rows.empty() ? nullptr : rows.data();
+    on_cpu();
+    return;
+  }
+#ifdef USE_CUDA
+  const CudaCall cuda(check.op(), x);
+  const DeviceRows rows{indices ? index_view(*indices) : IndexView{}, state.size(0)};
+  cuda.launched(state_update_cuda(params, rows, cuda.stream()));
+#else
+  no_cuda_kernel(check.op());
+#endif
+}
 
 // Groups of a tensor whose dim `dim` counts them (-1: one), which must divide `count`.
 int64_t groups_of(const Checker& check, const char* name, const Tensor& t, int64_t dim, const char* letter,
@@ -74,6 +94,14 @@ int64_t groups_of(const Checker& check, const char* name, const Tensor& t, int64
 // Of the state and the inputs, whichever computes in the wider type.
 ScalarType wider(const Tensor& state, ScalarType type) {
   return arithmetic_type(state.scalar_type()) == ScalarType::Double ? ScalarType::Double : type;
+}
+
+// On CUDA a row of n states, each of `parts` real numbers, must fit into shared memory.
+void check_row_size(const Checker& check, int64_t n, ScalarType type, int64_t parts) {
+  const int64_t bytes = parts * (arithmetic_type(type) == ScalarType::Double ? 8 : 4);
+  if (check.cuda() && n > kUpdateRowBytesCuda / bytes)
+    fail(check.op(), "state must have n <= " + std::to_string(kUpdateRowBytesCuda / bytes) +
+                         " on CUDA, got n = " + std::to_string(n));
 }
 
 }  // namespace
@@ -94,26 +122,28 @@ Tensor causal_conv1d_update(Tensor x, Tensor state, Tensor weight, OptTensor bia
   if (state.size(2) < w - 1)
     fail(check.op(),
          "state must be (s, d, k) with k >= w - 1 = " + std::to_string(w - 1) + ", got " + shape_of(state));
-  const std::vector<int64_t> rows = state_rows(check, state, b, state_indices);
+  check_rows(check, state, b, state_indices);
   Tensor y = torch::stable::empty_like(x);
   const auto with_tokens = [&](const Tensor& t) { return reordered(view(t), {0, 1, tokens ? 2 : -1}); };
-  const ConvUpdate params{.conv = {.dims = {b, d, tokens ? x.size(2) : 1, int(w), silu},
-                                   .x = with_tokens(x),
-                                   .y = with_tokens(y),
-                                   .weight = view(weight),
-                                   .bias = view(bias),
-                                   .initial_state = {},
-                                   .final_state = {},
-                                   .pieces = {}},
-                          .state = view(state),
-                          .k = state.size(2),
-                          .rows = data_of(rows)};
-  by_arithmetic(type, [&]<class R>() {
-    const Kernels<R>& k = cpu().kernels<R>();
-    for_updates((d + kUpdateRows - 1) / kUpdateRows, b * params.conv.dims.l * kUpdateRows * w,
-                k.causal_conv1d_scratch(), [&](int64_t begin, int64_t end, void* memory) {
-                  k.causal_conv1d_update(params, begin, end, memory);
-                });
+  ConvUpdate params{.conv = {.dims = {b, d, tokens ? x.size(2) : 1, int(w), silu},
+                             .x = with_tokens(x),
+                             .y = with_tokens(y),
+                             .weight = view(weight),
+                             .bias = view(bias),
+                             .initial_state = {},
+                             .final_state = {},
+                             .pieces = {}},
+                    .state = view(state),
+                    .k = state.size(2),
+                    .rows = nullptr};
+  update(check, params, x, state, state_indices, [&] {
+    by_arithmetic(type, [&]<class R>() {
+      const Kernels<R>& k = cpu().kernels<R>();
+      for_updates((d + kUpdateRows - 1) / kUpdateRows, b * params.conv.dims.l * kUpdateRows * w,
+                  k.causal_conv1d_scratch(), [&](int64_t begin, int64_t end, void* memory) {
+                    k.causal_conv1d_update(params, begin, end, memory);
+                  });
+    });
   });
   return y;
 }
@@ -157,31 +187,34 @@ Tensor selective_state_update(Tensor state, Tensor u, Tensor delta, Tensor A, Te
   else
     check.float_type("state", state);
   check.shape("state", state, state_indices ? "(s, d, n)" : "(b, d, n)", {state_indices ? -1 : b, d, n});
-  const std::vector<int64_t> rows = state_rows(check, state, b, state_indices);
+  check_row_size(check, n, wider(state, type), complex ? 2 : 1);
+  check_rows(check, state, b, state_indices);
   Tensor y = torch::stable::empty_like(u);
   const auto channels = [&](const View& v) { return reordered(v, {0, 1, tokens ? 2 : -1}); };
   const auto states = [&](const Tensor& m) {
     return m.dim() == (tokens ? 4 : 3) ? reordered(view(m), {0, 1, 2, tokens ? 3 : -1})
                                        : reordered(view(m), {0, -1, 1, tokens ? 2 : -1});
   };
-  const ScanUpdate params{.dims = {b, d, n, t, groups_B, groups_C, complex, delta_softplus},
-                          .state = view(state),
-                          .u = channels(view(u)),
-                          .delta = channels(view(delta)),
-                          .z = channels(view(z)),
-                          .y = channels(view(y)),
-                          .A = view(A),
-                          .B = states(B),
-                          .C = states(C),
-                          .D = view(D),
-                          .delta_bias = view(delta_bias),
-                          .rows = data_of(rows)};
-  by_arithmetic(wider(state, type), [&]<class R>() {
-    const Kernels<R>& k = cpu().kernels<R>();
-    for_updates((d + kUpdateRows - 1) / kUpdateRows, b * t * kUpdateRows * n,
-                k.selective_state_update_scratch(params), [&](int64_t begin, int64_t end, void* memory) {
-                  k.selective_state_update(params, begin, end, memory);
-                });
+  ScanUpdate params{.dims = {b, d, n, t, groups_B, groups_C, complex, delta_softplus},
+                    .state = view(state),
+                    .u = channels(view(u)),
+                    .delta = channels(view(delta)),
+                    .z = channels(view(z)),
+                    .y = channels(view(y)),
+                    .A = view(A),
+                    .B = states(B),
+                    .C = states(C),
+                    .D = view(D),
+                    .delta_bias = view(delta_bias),
+                    .rows = nullptr};
+  update(check, params, u, state, state_indices, [&] {
+    by_arithmetic(wider(state, type), [&]<class R>() {
+      const Kernels<R>& k = cpu().kernels<R>();
+      for_updates((d + kUpdateRows - 1) / kUpdateRows, b * t * kUpdateRows * n,
+                  k.selective_state_update_scratch(params), [&](int64_t begin, int64_t end, void* memory) {
+                    k.selective_state_update(params, begin, end, memory);
+                  });
+    });
   });
   return y;
 }
@@ -218,27 +251,30 @@ Tensor ssd_state_update(Tensor state, Tensor x, Tensor dt, Tensor A, Tensor B, T
   if (!(dt_min <= dt_max))
     fail(check.op(), "dt_limit must be (low, high) with low <= high, got (" + std::to_string(dt_min) + ", " +
                          std::to_string(dt_max) + ")");
-  const std::vector<int64_t> rows = state_rows(check, state, b, state_indices);
+  check_row_size(check, n, wider(state, type), 1);
+  check_rows(check, state, b, state_indices);
   Tensor y = torch::stable::empty_like(x);
   const auto with_tokens = [&](const View& v) { return tokens ? v : reordered(v, {0, -1, 1, 2}); };
-  const SsdUpdate params{.dims = {b, h, p, n, t, groups_B, groups_C, dt_softplus, dt_min, dt_max},
-                         .state = view(state),
-                         .x = with_tokens(view(x)),
-                         .z = with_tokens(view(z)),
-                         .y = with_tokens(view(y)),
-                         .dt = with_tokens(view(dt)),
-                         .A = view(A),
-                         .dt_bias = view(dt_bias),
-                         .B = with_tokens(view(B)),
-                         .C = with_tokens(view(C)),
-                         .D = D ? reordered(view(*D), {0, D->dim() == 2 ? 1 : -1}) : View{},
-                         .rows = data_of(rows)};
-  by_arithmetic(wider(state, type), [&]<class R>() {
-    const Kernels<R>& k = cpu().kernels<R>();
-    for_updates(h * ((p + kUpdateRows - 1) / kUpdateRows), b * t * std::min(p, kUpdateRows) * n,
-                k.ssd_state_update_scratch(params), [&](int64_t begin, int64_t end, void* memory) {
-                  k.ssd_state_update(params, begin, end, memory);
-                });
+  SsdUpdate params{.dims = {b, h, p, n, t, groups_B, groups_C, dt_softplus, dt_min, dt_max},
+                   .state = view(state),
+                   .x = with_tokens(view(x)),
+                   .z = with_tokens(view(z)),
+                   .y = with_tokens(view(y)),
+                   .dt = with_tokens(view(dt)),
+                   .A = view(A),
+                   .dt_bias = view(dt_bias),
+                   .B = with_tokens(view(B)),
+                   .C = with_tokens(view(C)),
+                   .D = D ? reordered(view(*D), {0, D->dim() == 2 ? 1 : -1}) : View{},
+                   .rows = nullptr};
+  update(check, params, x, state, state_indices, [&] {
+    by_arithmetic(wider(state, type), [&]<class R>() {
+      const Kernels<R>& k = cpu().kernels<R>();
+      for_updates(h * ((p + kUpdateRows - 1) / kUpdateRows), b * t * std::min(p, kUpdateRows) * n,
+                  k.ssd_state_update_scratch(params), [&](int64_t begin, int64_t end, void* memory) {
+                    k.ssd_state_update(params, begin, end, memory);
+                  });
+    });
   });
   return y;
 }
