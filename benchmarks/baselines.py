@@ -210,6 +210,51 @@ def norm_torch(x: Tensor, weight: Tensor, z: Tensor | None = None, *, eps: float
     return F.rms_norm(v, v.shape[-1:], _wide(weight), eps).to(x.dtype)
 
 
+# One token of the SSD: state (b,h,p,n); x, z (b,h,p); dt (b,h); A, D, dt_bias (h); B, C (b,1,n).
+
+
+def ssd_update_torch(
+    state: Tensor,
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor,
+    z: Tensor,
+    dt_bias: Tensor,
+    dt_softplus: bool,
+) -> Tensor:
+    """The recurrence as expressions; leaves the state as it was."""
+    step = F.softplus(_wide(dt) + dt_bias) if dt_softplus else _wide(dt) + dt_bias
+    added = (step[..., None] * _wide(x))[..., None] * _wide(B)[:, :, None]
+    after = torch.exp(step * A)[..., None, None] * state + added
+    o = (after * _wide(C)[:, :, None]).sum(-1)
+    return _skip_and_gate(o, D[:, None] * _wide(x), _wide(z)).to(x.dtype)
+
+
+def ssd_update_mamba_ssm(
+    state: Tensor,
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor,
+    z: Tensor,
+    dt_bias: Tensor,
+    dt_softplus: bool,
+) -> Tensor:
+    """mamba_ssm's Triton kernel, which wants the heads' numbers spread over their channels."""
+    from mamba_ssm.ops.triton.selective_state_update import selective_state_update
+
+    h, p, n = state.shape[1:]
+    step, rate = dt[..., None].expand(-1, h, p), A[:, None, None].expand(h, p, n)
+    skip, bias = D[:, None].expand(h, p), dt_bias[:, None].expand(h, p)
+    y: Tensor = selective_state_update(state, x, step, rate, B, C, skip, z, bias, dt_softplus)
+    return y
+
+
 def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """Causal softmax attention (b,h,l,p), torch's own choice of kernel."""
     return F.scaled_dot_product_attention(q, k, v, is_causal=True)

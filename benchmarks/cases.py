@@ -17,7 +17,18 @@ import torch
 from tests import cases as make
 
 from . import baselines
-from .contenders import Contender, Direction, Inputs, attention, compiled, operator, peer
+from .contenders import (
+    COPY,
+    Contender,
+    Direction,
+    Inputs,
+    attention,
+    compiled,
+    copy,
+    operator,
+    peer,
+    update,
+)
 
 SCAN_OPTIONS = ("D", "z", "delta_bias", "delta_softplus")
 SSD_OPTIONS = ("D", "dt_bias", "dt_softplus")
@@ -195,16 +206,45 @@ def conv(
     )
 
 
-def norm(rows: int, d: int, direction: Direction, dtype: torch.dtype = torch.float32) -> Case:
-    """The gated norm, gate first."""
+def norm(
+    rows: int,
+    d: int,
+    direction: Direction,
+    dtype: torch.dtype = torch.float32,
+    *,
+    device: str = "cpu",
+    must: Must | None = None,
+) -> Case:
+    """The gated norm, gate first; on CUDA beside a copy of the tensors that it must read and write."""
     plain = peer("torch", baselines.norm_torch, direction)
+    tensors = 3 if direction == "forward" else 8  # x, z, y; then x, z, dy, dx, dz
+    beside = [copy(tensors * rows * d * dtype.itemsize)] if device == "cuda" else []
     return Case(
         f"rms_norm_gated/{direction}/{_short(dtype)}",
         f"rms_norm_gated {rows} x {d} {_short(dtype)}, {_words(direction)}",
-        partial(make.rms_norm_gated, rows, d, dtype=dtype),
-        (operator("rms_norm_gated", direction), plain),
+        partial(make.rms_norm_gated, rows, d, dtype=dtype, device=device),
+        (operator("rms_norm_gated", direction), plain, *beside),
         plain,
         dtype,
+        must,
+    )
+
+
+def ssd_update(
+    b: int, h: int, p: int, n: int, *, must: Must | None = None, goal_ms: float | None = None
+) -> Case:
+    """One token of the SSD in bfloat16 with a float32 state, on CUDA; with D, z, dt_bias and softplus."""
+    plain = peer("torch", baselines.ssd_update_torch, "forward")
+    options = {"options": ("D", "z", "dt_bias", "dt_softplus"), "dtype": torch.bfloat16, "device": "cuda"}
+    return Case(
+        f"ssd_state_update/forward/bfloat16/b{b}",
+        f"ssd_state_update b{b} h{h} p{p} n{n}, state in float32",
+        partial(make.ssd_state_update, b, h, p, n, **options),
+        (update("ssd_state_update"), update("mamba_ssm", baselines.ssd_update_mamba_ssm), plain),
+        plain,
+        torch.bfloat16,
+        must,
+        goal_ms,
     )
 
 
@@ -232,14 +272,18 @@ def cpu_cases() -> Iterator[Case]:
 
 
 def cuda_cases() -> Iterator[Case]:
-    """Demands are milliseconds on an H200."""
+    """Demands are milliseconds on an H200, or shares of the time of a copy on any GPU."""
 
     def gpu_conv(direction: Direction, **options: Any) -> Case:
         return conv(4, 5376, 4096, direction, torch.bfloat16, device="cuda", **options)
 
     yield gpu_conv("forward", must=Must("ms", 0.105, "H200"), goal_ms=0.095)
     yield gpu_conv("both", must=Must("ms", 0.31, "H200"), goal_ms=0.28)
-    yield gpu_conv("forward", layout="contiguous", tag="/channel-first")
+    yield gpu_conv("forward", layout="contiguous", tag="/channel-first", must=Must("ms", 0.094, "H200"))
+    yield norm(16384, 5120, "forward", torch.bfloat16, device="cuda", must=Must("share", 1.15, COPY))
+    yield norm(16384, 5120, "both", torch.bfloat16, device="cuda", must=Must("share", 1.25, COPY))
+    yield ssd_update(128, 80, 64, 128, must=Must("ms", 0.175, "H200"), goal_ms=0.165)
+    yield ssd_update(1, 80, 64, 128, must=Must("ms", 0.006, "H200"))
 
 
 def quick_cases() -> Iterator[Case]:

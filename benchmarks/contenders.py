@@ -18,6 +18,7 @@ Run = Callable[[], Results]
 Direction = Literal["forward", "both"]
 
 OURS = "mamba_ops"
+COPY = "copy of its bytes"
 
 
 @dataclass(frozen=True)
@@ -63,6 +64,34 @@ def operator(name: str, direction: Direction) -> Contender:
         return peer(OURS, getattr(mamba_ops, name), direction).prepare(inputs)
 
     return Contender(OURS, prepare)
+
+
+def copy(n_bytes: int) -> Contender:
+    """A copy on the GPU that reads and writes so many bytes together; there is nothing to check."""
+
+    def prepare(inputs: Inputs) -> Run:
+        source = torch.zeros(n_bytes // 2, dtype=torch.uint8, device="cuda").random_()
+        target = torch.empty_like(source)
+
+        def run() -> Results:
+            target.copy_(source)
+            return {}
+
+        return run
+
+    return Contender(COPY, prepare)
+
+
+def update(name: str, call: Callable[..., Tensor] | None = None) -> Contender:
+    """A one-token update, ours by default, with a state of its own that it updates again and again."""
+
+    def prepare(inputs: Inputs) -> Run:
+        import mamba_ops
+
+        function = call or getattr(mamba_ops, name)
+        return _forward(function, {**inputs, "state": inputs["state"].clone()})
+
+    return Contender(OURS if call is None else name, prepare)
 
 
 def attention(l: int, device: str, dtype: torch.dtype) -> Contender:
