@@ -36,7 +36,12 @@ constexpr Primitives<R> primitives_of() {
       .exp = map<R, [](Vec<R> x) { return MAMBA_ISA::exp(x); }>,
       .log1p_unit = map<R, [](Vec<R> x) { return MAMBA_ISA::log1p_unit(x); }>,
       .softplus = map<R, [](Vec<R> x) { return softplus<R>(x); }>,
-      .softplus_grad = map<R, [](Vec<R> x) { return softplus_grad<R>(x); }>,
+      .softplus_grad = map<R,
+                           [](Vec<R> x) {
+                             Vec<R> grad;
+                             softplus<R>(x, &grad);
+                             return grad;
+                           }>,
       .sigmoid = map<R, [](Vec<R> x) { return MAMBA_ISA::sigmoid(x); }>,
       .silu = map<R, [](Vec<R> x) { return silu<R>(x); }>,
       .silu_grad = map<R, [](Vec<R> x) { return silu_grad<R>(x); }>,

@@ -11,14 +11,14 @@
 
 namespace mamba_ops::MAMBA_ISA {
 
-inline constexpr int64_t kScanTokens = 64;
+inline constexpr int64_t kScanTokens = 128;
 static_assert(kScanCheckpoint % kScanTokens == 0);
 
 template <class R>
 int64_t selective_scan_fwd_scratch(const ScanDims& dims) {
   Arena<R> arena{nullptr};
   ScanUnit<R>(dims, kScanTokens, arena);
-  arena.take(2 * kScanTokens * kScanLd);
+  arena.take(kScanTokens * kScanStrip + kScanLd);
   return arena.used * sizeof(R);
 }
 
@@ -27,7 +27,7 @@ void selective_scan_fwd(const ScanFwd& p, int64_t unit_begin, int64_t unit_end, 
   const ScanDims& dims = p.dims;
   Arena<R> arena{static_cast<R*>(scratch)};
   ScanUnit<R> unit(dims, kScanTokens, arena);
-  R* z = arena.take(kScanTokens * kScanLd);
+  R* z = arena.take(kScanTokens * kScanStrip);
   R* sums = arena.take(kScanLd);
 
   for (int64_t number = unit_begin; number < unit_end; ++number) {
@@ -41,35 +41,37 @@ void selective_scan_fwd(const ScanFwd& p, int64_t unit_begin, int64_t unit_end, 
                                                               : piece.end;
         if (p.checkpoints && t0 % kScanCheckpoint == 0 && t0 > piece.run_begin)
           unit.store_checkpoint(p, piece.row, t0);
-        unit.load_steps(p, piece.row, t0, t1);
         if (!dims.constant_B) unit.load_BC(unit.B, dims, p.B, piece.row, unit.group_B, t0, t1);
         if (!dims.constant_C && p.y) unit.load_BC(unit.C, dims, p.C, piece.row, unit.group_C, t0, t1);
-        if (p.delta_sums)
-          for (int64_t t = 0; t < t1 - t0; ++t)
-            for (int64_t i = 0; i < kScanLd; ++i) sums[i] += unit.delta[t * kScanLd + i];
-
         const int64_t next = t1 + kScanTokens < piece.end ? t1 + kScanTokens : piece.end;
-        with_kinds(dims, [&]<bool kComplex, bool kConstB, bool kConstC>() {
-          for (int64_t v = 0; v < unit.width; v += kWidth<R>)
-            for (int64_t i = 0; i < dims.n; i += kBlock<kComplex>) {
-              const int64_t blocks = (dims.n + kBlock<kComplex> - 1) / kBlock<kComplex>;
-              const int64_t part = v / kWidth<R> * blocks + i / kBlock<kComplex>,
-                            parts = unit.width / kWidth<R> * blocks;
-              for (const View* view : {&p.u, &p.delta, &p.z})
-                unit.prefetch_tokens(*view, piece.row, t1, next, part, parts);
-              if (p.y)
-                scan_block<R, kComplex, kConstB, kConstC, true, false>(unit, t1 - t0, i, v);
-              else
-                scan_block<R, kComplex, kConstB, kConstC, false, false>(unit, t1 - t0, i, v);
-            }
-        });
 
-        if (p.y) {
+        for (int64_t strip = 0; strip < unit.channels; strip += kScanStrip) {
+          unit.take_strip(strip);
+          unit.load_steps(p, piece.row, t0, t1);
+          if (p.delta_sums)
+            for (int64_t t = 0; t < t1 - t0; ++t)
+              for (int64_t i = 0; i < kScanStrip; ++i) sums[strip + i] += unit.delta[t * kScanStrip + i];
+          with_kinds(dims, [&]<bool kComplex, bool kConstB, bool kConstC>() {
+            constexpr int ni = kBlock<kComplex>;
+            const int64_t blocks = (dims.n + ni - 1) / ni, parts = unit.strip_width / kWidth<R> * blocks;
+            for (int64_t v = 0; v < unit.strip_width; v += kWidth<R>)
+              for (int64_t i = 0; i < dims.n; i += ni) {
+                const int64_t part = v / kWidth<R> * blocks + i / ni;
+                for (const View* view : {&p.u, &p.delta, &p.z})
+                  unit.prefetch_next_strip(*view, piece.row, t0, t1, t1, next, part, parts);
+                unit.prefetch_strip(p.y, piece.row, t0, t1, part, parts);
+                if (p.y)
+                  scan_block<R, kComplex, kConstB, kConstC, true, false>(unit, t1 - t0, i, v);
+                else
+                  scan_block<R, kComplex, kConstB, kConstC, false, false>(unit, t1 - t0, i, v);
+              }
+          });
+          if (!p.y) continue;
           if (p.z) {
             unit.load_tokens(z, p.z, piece.row, t0, t1);
             for (int64_t t = 0; t < t1 - t0; ++t)
-              for (int64_t v = 0; v < unit.width; v += kWidth<R>) {
-                const int64_t at = t * kScanLd + v;
+              for (int64_t v = 0; v < unit.strip_width; v += kWidth<R>) {
+                const int64_t at = t * kScanStrip + v;
                 store<R>(unit.y + at, load<R>(unit.y + at) * silu<R>(load<R>(z + at)));
               }
           }

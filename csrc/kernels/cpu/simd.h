@@ -100,13 +100,19 @@ MAMBA_INLINE Vec<float> min(Vec<float> a, Vec<float> b) {
 
 // ---- exp, log1p and what follows from them. NaN stays NaN ------------------------------------------------
 MAMBA_INLINE Vec<float> exp2(Vec<float> x) {
-  // 2^x = 2^n 2^r, n = round(x), |r| <= 1/2; a minimax polynomial of 2^r with 2^0 = 1 exactly. The magic
-  // number leaves n + 127, the exponent's bits, at the low end of `shifted`. Below 2^-126 the result stays
-  // there; above 2^127.5 it is infinite.
+  // 2^x = 2^n 2^r, n = round(x), |r| <= 1/2; a minimax polynomial of 2^r with 2^0 = 1 exactly. Below 2^-126
+  // the result stays there; above 2^127.5 it is infinite.
+  x = max(splat(-126.f), x);
+#if defined(__AVX512F__)
+  const Vec<float> n = (Vec<float>)_mm512_roundscale_ps((__m512)x, _MM_FROUND_TO_NEAREST_INT);
+  const Vec<float> r = (Vec<float>)_mm512_reduce_ps((__m512)x, _MM_FROUND_TO_NEAREST_INT);  // 0 of infinity
+#else
+  // The magic number leaves n + 127, the exponent's bits, at the low end of `shifted`.
   const Vec<float> magic = splat(12582912.f + 127.f);
-  x = min(splat(128.f), max(splat(-126.f), x));
+  x = min(splat(128.f), x);
   const Vec<float> shifted = x + magic;
   const Vec<float> r = x - (shifted - magic);
+#endif
   Vec<float> p = splat(1.535336188e-4f);
   p = p * r + 1.339887440e-3f;
   p = p * r + 9.618437358e-3f;
@@ -114,7 +120,11 @@ MAMBA_INLINE Vec<float> exp2(Vec<float> x) {
   p = p * r + 2.402264791e-1f;
   p = p * r + 6.931472029e-1f;
   p = p * r + 1.f;
+#if defined(__AVX512F__)
+  return (Vec<float>)_mm512_scalef_ps((__m512)p, (__m512)n);
+#else
   return p * (Vec<float>)((IntVec<float>)shifted << 23);  // a product: NaN stays NaN
+#endif
 }
 template <class R, class F>
 MAMBA_INLINE Vec<R> each_lane(Vec<R> x, F f) {
@@ -132,9 +142,19 @@ MAMBA_INLINE Vec<double> exp(Vec<double> x) {
   return each_lane<double>(x, [](double v) { return ::exp(v); });
 }
 
+MAMBA_INLINE Vec<float> reciprocal(Vec<float> x) {  // of normal numbers
+#if defined(__AVX512F__)
+  const Vec<float> r = (Vec<float>)_mm512_rcp14_ps((__m512)x);
+  return r * (2.f - x * r);
+#else
+  return 1.f / x;
+#endif
+}
+MAMBA_INLINE Vec<double> reciprocal(Vec<double> x) { return 1. / x; }
+
 // log(1 + x) for 0 <= x <= 1: 2 atanh(x / (2 + x)).
 MAMBA_INLINE Vec<float> log1p_unit(Vec<float> x) {
-  const Vec<float> s = x / (2.f + x), q = s * s;
+  const Vec<float> s = x * reciprocal(Vec<float>(2.f + x)), q = s * s;
   Vec<float> p = splat(1.f / 15);
   p = p * q + 1.f / 13;
   p = p * q + 1.f / 11;
@@ -174,29 +194,20 @@ MAMBA_INLINE void sincos(Vec<double> x, Vec<double>& sin, Vec<double>& cos) {
   cos = each_lane<double>(x, [](double v) { return ::cos(v); });
 }
 
-template <class R>
-MAMBA_INLINE Vec<R> softplus(Vec<R> v) {
-  const Vec<R> zero = {}, pos = v > zero ? v : zero, neg = v > zero ? -v : v;
-  const Vec<R> soft = pos + log1p_unit(exp(neg));
-  return v > R(20) ? v : soft;
-}
-MAMBA_INLINE Vec<float> reciprocal(Vec<float> x) {  // of normal numbers
-#if defined(__AVX512F__)
-  const Vec<float> r = (Vec<float>)_mm512_rcp14_ps((__m512)x);
-  return r * (2.f - x * r);
-#else
-  return 1.f / x;
-#endif
-}
-MAMBA_INLINE Vec<double> reciprocal(Vec<double> x) { return 1. / x; }
-
 MAMBA_INLINE Vec<float> sigmoid(Vec<float> v) {
   return reciprocal(Vec<float>(1.f + exp(min(splat(87.f), Vec<float>(-v)))));
 }
 MAMBA_INLINE Vec<double> sigmoid(Vec<double> v) { return 1. / (1. + exp(Vec<double>(-v))); }
+// Also its derivative, if a place for it is given.
 template <class R>
-MAMBA_INLINE Vec<R> softplus_grad(Vec<R> v) {
-  return v > R(20) ? splat(R(1)) : sigmoid(v);
+MAMBA_INLINE Vec<R> softplus(Vec<R> v, Vec<R>* grad = nullptr) {
+  const Vec<R> zero = {}, pos = v > zero ? v : zero, neg = v > zero ? -v : v, e = exp(neg);
+  if (grad) {
+    const Vec<R> r = reciprocal(Vec<R>(R(1) + e));
+    *grad = v > R(20) ? splat(R(1)) : v > zero ? r : e * r;
+  }
+  const Vec<R> soft = pos + log1p_unit(e);
+  return v > R(20) ? v : soft;
 }
 template <class R>
 MAMBA_INLINE Vec<R> silu(Vec<R> z) {

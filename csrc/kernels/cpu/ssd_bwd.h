@@ -266,9 +266,12 @@ struct SsdBackward {
     const int64_t len = t1 - t0;
     const Vec<R> lo = splat(R(dims.dt_min)), hi = splat(R(dims.dt_max));
     for (int64_t v = 0; v < len; v += kWidth<R>) {
-      const Vec<R> raw = load<R>(unit.steps.raw + v), step = dims.softplus ? softplus<R>(raw) : raw;
-      Vec<R> g = load<R>(ddelta + v);
-      if (dims.softplus) g *= softplus_grad<R>(raw);
+      Vec<R> step = load<R>(unit.steps.raw + v), g = load<R>(ddelta + v);
+      if (dims.softplus) {
+        Vec<R> slope;
+        step = softplus<R>(step, &slope);
+        g *= slope;
+      }
       store<R>(ddelta + v, step < lo ? Vec<R>{} : (step > hi ? Vec<R>{} : g));
     }
     R sum_bias = 0;
