@@ -1,6 +1,7 @@
 """What every test stands on: devices, NaN in uninitialised memory, a fixed seed, a known thread count."""
 
 import functools
+import os
 from collections.abc import Iterator
 
 import pytest
@@ -10,6 +11,7 @@ from hypothesis import settings
 import mamba_ops
 from tests import cases
 
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # what cuBLAS needs in deterministic mode
 settings.register_profile("mamba_ops", deadline=None, derandomize=True, database=None, print_blob=True)
 settings.load_profile("mamba_ops")
 

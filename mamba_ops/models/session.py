@@ -109,7 +109,7 @@ class Session:
         """Feeds one token a row, (b,) integer, unchecked. Returns logits (b, vocab_size)."""
         if self.pending is not None:
             return self.extend(tokens[:, None])
-        return self._fed(tokens).clone()
+        return self._fed(tokens.to(self._device)).clone()
 
     def stream(
         self,
