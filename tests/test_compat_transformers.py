@@ -261,6 +261,18 @@ def test_compiled(name: str) -> None:
     assert_same(expected, {key.replace("_orig_mod.", ""): value for key, value in got.items()})
 
 
+def test_exports_keep_transformers_functions(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, ids = build("mamba2").eval(), torch.randint(3, VOCAB, (1, 9))
+    called: list[str] = []
+    monkeypatch.setitem(patch.FUNCTIONS, "causal_conv1d_fn", lambda x, *_, **__: called.append("ours") or x)
+    with compat.patch_transformers(), torch.no_grad():
+        monkeypatch.setattr(transformers.utils.import_utils, "is_torchdynamo_exporting", lambda: True)
+        model(ids, use_cache=False)
+        assert not called
+        monkeypatch.undo()
+    both(lambda: loss_and_gradients(model, input_ids=ids))
+
+
 def test_undo_and_modeling_files_that_come_later() -> None:
     """Patching covers files that are loaded and files that are not yet, and leaves nothing behind."""
     loaded = importlib.import_module("transformers.models.mamba.modeling_mamba")

@@ -1,5 +1,6 @@
 """The layers: parameters as mamba_ssm's, results as transformers', and states that carry a sequence on."""
 
+import copy
 import math
 from collections.abc import Callable
 
@@ -368,3 +369,64 @@ def compare_with(theirs: nn.Module, ours: Layer) -> None:
         grad = reference[name].grad
         assert grad is not None and parameter.grad is not None
         assert (parameter.grad - grad).norm() <= 2e-5 * grad.norm() + 1e-7, name
+
+
+# --- projections that are more than their weights ----------------------------------------------------------
+
+
+class Adapter(nn.Module):
+    """A linear layer with a low-rank product beside it, and the weight of the layer alone."""
+
+    def __init__(self, linear: nn.Linear) -> None:
+        super().__init__()
+        self.linear = linear
+        self.down = nn.Linear(linear.in_features, 2, bias=False, dtype=torch.float64)
+        self.up = nn.Linear(2, linear.out_features, bias=False, dtype=torch.float64)
+
+    @property
+    def weight(self) -> Tensor:
+        return self.linear.weight
+
+    @property
+    def bias(self) -> Tensor:
+        return self.linear.bias
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.linear(x) + self.up(self.down(x))
+        return out
+
+
+@pytest.mark.parametrize("name", ["in_proj", "x_proj", "dt_proj", "out_proj"])
+def test_adapters_take_part(layer: Layer, name: str) -> None:
+    """Forward, gradients, prefill and steps as with the adapter merged into the weight."""
+    if not hasattr(layer, name):
+        pytest.skip("no such projection")
+    merged = copy.deepcopy(layer)
+    adapter = Adapter(getattr(layer, name))
+    setattr(layer, name, adapter)
+    with torch.no_grad():
+        getattr(merged, name).weight += adapter.up.weight @ adapter.down.weight
+    x = inputs(layer, 2, 7).requires_grad_()
+    outs = [module(x) for module in (layer, merged)]
+    close(*outs)
+    grads = [torch.autograd.grad(out.square().sum(), x)[0] for out in outs]
+    close(*grads)
+    assert torch.autograd.grad(layer(x).sum(), adapter.up.weight)[0].count_nonzero()
+    with torch.no_grad():
+        caches = [module.allocate_cache(2, dtype=torch.float64) for module in (layer, merged)]
+        close(layer(x[:, :6], cache=caches[0]), merged(x[:, :6], cache=caches[1]))
+        close(layer.step(x[:, 6], caches[0]), merged.step(x[:, 6], caches[1]))
+
+
+@pytest.mark.parametrize("name", ["x_proj", "out_proj", "norm"])
+def test_hooks_run(layer: Layer, name: str) -> None:
+    if not hasattr(layer, name):
+        pytest.skip("no such part")
+    x, calls = inputs(layer, 1, 5), []
+    expected = layer(x)
+    handle = getattr(layer, name).register_forward_hook(lambda *_: calls.append(name))
+    close(layer(x), expected)
+    assert calls == [name]
+    handle.remove()
+    layer(x)
+    assert calls == [name]

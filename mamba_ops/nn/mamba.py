@@ -139,7 +139,7 @@ class Mamba(nn.Module):
             "scan": None if ssm_state is None else initial_state(ssm_state, ssm_state.dtype),
         }
         pack: dict[str, Any] = {"seq_idx": seq_idx, "cu_seqlens": cu_seqlens}
-        if not all(is_plain(linear, nn.Linear) for linear in (self.x_proj, self.out_proj)):
+        if not all(is_plain(linear, nn.Linear) for linear in (self.x_proj, self.dt_proj, self.out_proj)):
             return self._by_parts(projected, starts, pack, conv_state, ssm_state)
         result = mamba_inner(
             projected.transpose(1, 2),
@@ -183,16 +183,17 @@ class Mamba(nn.Module):
             conv_state,
         )
         dt, B, C = self.x_proj(u.transpose(1, 2)).split([self.dt_rank, self.d_state, self.d_state], dim=-1)
+        delta, delta_bias = self._raw_steps(dt)
         y = carry(
             selective_scan(
                 u,
-                F.linear(dt, self.dt_proj.weight).transpose(1, 2),
+                delta.transpose(1, 2),
                 decay_rate(self.A_log),
                 B.transpose(1, 2),
                 C.transpose(1, 2),
                 self.D,
                 z.transpose(1, 2),
-                self.dt_proj.bias,
+                delta_bias,
                 True,
                 initial_state=starts["scan"],
                 return_final_state=conv_state is not None,
@@ -203,6 +204,12 @@ class Mamba(nn.Module):
         out: Tensor = self.out_proj(y.transpose(1, 2))
         return out
 
+    def _raw_steps(self, dt: Tensor) -> tuple[Tensor, Tensor | None]:
+        """The steps before softplus, and the bias that the scan has yet to add to them."""
+        if is_plain(self.dt_proj, nn.Linear):
+            return F.linear(dt, self.dt_proj.weight), self.dt_proj.bias
+        return self.dt_proj(dt), None
+
     @torch.no_grad()
     def step(self, x: Tensor, cache: LayerCache) -> Tensor:
         """One token: x (b, d_model) or (b, 1, d_model); cache, b rows, updated in place. Returns x.shape."""
@@ -212,16 +219,17 @@ class Mamba(nn.Module):
             inner, cache.conv_state, self.conv1d.weight.squeeze(1), self.conv1d.bias, "silu"
         )
         dt, B, C = self.x_proj(u).split([self.dt_rank, self.d_state, self.d_state], dim=-1)
+        delta, delta_bias = self._raw_steps(dt)
         y = selective_state_update(
             cache.ssm_state,
             u,
-            F.linear(dt, self.dt_proj.weight),
+            delta,
             decay_rate(self.A_log),
             B,
             C,
             self.D,
             z,
-            self.dt_proj.bias,
+            delta_bias,
             True,
         )
         return project(self.out_proj, y).reshape(x.shape)
