@@ -8,8 +8,10 @@ from torch.nn import functional as F
 
 from ... import causal_conv1d, reference
 from ... import causal_conv1d_update as _update
+from ..autocast import parameter, without_autocast
 
 
+@without_autocast
 def causal_conv1d_fn(
     x: Tensor,
     weight: Tensor,
@@ -43,6 +45,7 @@ def causal_conv1d_fn(
     if seq_idx is not None:
         assert initial_states is None, "initial_states must be None if seq_idx is not None"
         assert not return_final_states, "If seq_idx is not None, we don't return final_states_out"
+    weight, bias = parameter(weight, x.dtype), parameter(bias, x.dtype)
     result = causal_conv1d(
         x,
         weight,
@@ -60,6 +63,7 @@ def causal_conv1d_fn(
     return out, state.transpose(1, 2).contiguous().transpose(1, 2)
 
 
+@without_autocast
 def causal_conv1d_update(
     x: Tensor,
     conv_state: Tensor,
@@ -88,6 +92,7 @@ def causal_conv1d_update(
         RuntimeError: shapes, dtypes or devices disagree.
     """
     _check_activation(activation)
+    weight, bias = parameter(weight, x.dtype), parameter(bias, x.dtype)
     if cache_seqlens is not None:
         return _ring_update(x, conv_state, weight, bias, activation, cache_seqlens, conv_state_indices)
     recording = torch.is_grad_enabled() and any(

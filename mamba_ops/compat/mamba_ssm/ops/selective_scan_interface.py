@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from .... import mamba_inner, reference, rms_norm_gated, selective_scan
+from ...autocast import without_autocast
 from ...causal_conv1d import causal_conv1d_fn as causal_conv1d_fn
 
 
@@ -46,6 +47,7 @@ def selective_scan_fn(
     return packed_selective_scan(None, *scan, return_last_state)
 
 
+@without_autocast
 def packed_selective_scan(
     seq_idx: Tensor | None,
     u: Tensor,
@@ -206,6 +208,7 @@ def mamba_inner_ref(
     return out
 
 
+@without_autocast
 def rms_norm_forward(
     x: Tensor, weight: Tensor, bias: Tensor | None, eps: float = 1e-6, is_rms_norm: bool = True
 ) -> Tensor:

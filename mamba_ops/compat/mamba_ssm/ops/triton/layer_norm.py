@@ -7,11 +7,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..... import add_rms_norm, rms_norm_gated
-from .layernorm_gated import _float, _weight
+from ....autocast import parameter, without_autocast
+from .layernorm_gated import _float
 
 Device = torch.device | str | None
 
 
+@without_autocast
 def layer_norm_fn(
     x: Tensor,
     weight: Tensor,
@@ -48,7 +50,7 @@ def layer_norm_fn(
     plain = all(t is None for t in (bias, x1, weight1, rowscale)) and dropout_p == 0.0
     mask = mask1 = None
     if is_rms_norm and plain and residual is not None and residual.dtype == wide:
-        y, total = add_rms_norm(x, residual, _weight(weight, x), eps=eps)
+        y, total = add_rms_norm(x, residual, parameter(weight, x.dtype), eps=eps)
     else:
         total, mask = _dropped(x if rowscale is None else _float(x) * rowscale[..., None], dropout_p)
         if x1 is not None:
@@ -253,7 +255,7 @@ def _norm(v: Tensor, weight: Tensor, bias: Tensor | None, eps: float, is_rms_nor
     if not is_rms_norm:
         y = F.layer_norm(_float(v), v.shape[-1:], eps=eps) * _float(weight)
     else:
-        y = rms_norm_gated(v, _weight(weight, v), eps=eps)
+        y = rms_norm_gated(v, parameter(weight, v.dtype), eps=eps)
     return y if bias is None else y + bias
 
 

@@ -7,10 +7,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..... import rms_norm_gated
+from ....autocast import parameter, without_autocast
 
 Device = torch.device | str | None
 
 
+@without_autocast
 def rmsnorm_fn(
     x: Tensor,
     weight: Tensor,
@@ -31,15 +33,21 @@ def rmsnorm_fn(
     """
     if bias is None:
         return rms_norm_gated(
-            x, _weight(weight, x), z, eps=eps, group_size=group_size, norm_before_gate=norm_before_gate
+            x,
+            parameter(weight, x.dtype),
+            z,
+            eps=eps,
+            group_size=group_size,
+            norm_before_gate=norm_before_gate,
         )
     gate = z if norm_before_gate else None
     inner = None if norm_before_gate or z is None else _float(z)
     x_ = _float(x)
-    y = rms_norm_gated(x_, _weight(weight, x_), inner, eps=eps, group_size=group_size) + bias
+    y = rms_norm_gated(x_, parameter(weight, x_.dtype), inner, eps=eps, group_size=group_size) + bias
     return (y if gate is None else y * F.silu(_float(gate))).to(x.dtype)
 
 
+@without_autocast
 def layernorm_fn(
     x: Tensor,
     weight: Tensor,
@@ -144,10 +152,6 @@ class RMSNorm(nn.Module):
         """x, z: (..., dim)."""
         options = (self.eps, self.group_size, self.norm_before_gate)
         return rmsnorm_fn(x, self.weight, None, z, *options)
-
-
-def _weight(weight: Tensor, x: Tensor) -> Tensor:
-    return weight if weight.dtype in (x.dtype, torch.float32) else weight.to(x.dtype)
 
 
 def _float(t: Tensor) -> Tensor:

@@ -10,11 +10,13 @@ from torch import Tensor
 
 from ..... import reference, selective_scan, ssd, ssd_state_update
 from ..... import selective_state_update as _scan_update
+from ....autocast import parameter, without_autocast
 from ..selective_scan_interface import upcast
 
 _NO_LIMIT = (-math.inf, math.inf)
 
 
+@without_autocast
 def selective_state_update(
     state: Tensor,
     x: Tensor,
@@ -53,7 +55,7 @@ def selective_state_update(
     inputs: tuple[Any, ...] = (x, dt, B, C, z)
     if any(t is not None and t.dtype != x.dtype for t in inputs):
         inputs = tuple(t if t is None else t.float() for t in inputs)
-    parameters = [_parameter(t, inputs[0].dtype) for t in (A, D, dt_bias)]
+    parameters = [parameter(t, inputs[0].dtype) for t in (A, D, dt_bias)]
     recording = torch.is_grad_enabled() and any(
         t is not None and t.requires_grad for t in (state, *inputs, *parameters)
     )
@@ -67,10 +69,6 @@ def selective_state_update(
 def _one_number_per_head(A: Tensor, dt: Tensor, dt_bias: Tensor | None) -> bool:
     expanded = A.stride(-1) == 0 and A.stride(-2) == 0 and dt.stride(-1) == 0
     return expanded and (dt_bias is None or dt_bias.stride(-1) == 0)
-
-
-def _parameter(t: Tensor | None, dtype: torch.dtype) -> Any:
-    return t if t is None or t.dtype in (dtype, torch.float32) else t.to(dtype)
 
 
 def _by_heads(

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ..... import mamba_split_conv1d_scan, reference, ssd
+from ....autocast import parameter, without_autocast
 from ....causal_conv1d import causal_conv1d_fn
 from ..selective_scan_interface import selective_scan_fn, upcast
 from .layernorm_gated import rmsnorm_fn as rmsnorm_fn
@@ -27,6 +28,7 @@ from .ssd_state_passing import state_passing_ref as state_passing_ref
 _NO_LIMIT = (0.0, math.inf)
 
 
+@without_autocast
 def mamba_chunk_scan_combined(
     x: Tensor,
     dt: Tensor,
@@ -79,7 +81,7 @@ def mamba_chunk_scan_combined(
     if cu_seqlens is not None:
         pack = _pack(x, cu_seqlens, initial_states)
     x, dt, B, C, z = _common_dtype(x, dt, B, C, z)
-    A, D, dt_bias = (_parameter(t, x.dtype) for t in (A, D, dt_bias))
+    A, D, dt_bias = (parameter(t, x.dtype) for t in (A, D, dt_bias))
     scan = (x, dt, A, B, C, D, z, dt_bias, dt_softplus, (dt_limit[0], dt_limit[1]))
     if not return_final_states and not return_varlen_states:
         return ssd(*scan, **pack)
@@ -111,10 +113,6 @@ def _common_dtype(x: Tensor, *others: Tensor | None) -> tuple[Any, ...]:
     """The others in x's dtype, or in float32 if they are that beside x in half precision."""
     keep = (x.dtype, torch.float32)
     return (x, *(t if t is None or t.dtype in keep else t.to(x.dtype) for t in others))
-
-
-def _parameter(t: Tensor | None, dtype: torch.dtype) -> Any:
-    return t if t is None or t.dtype in (dtype, torch.float32) else t.to(dtype)
 
 
 def mamba_chunk_scan(
@@ -301,16 +299,16 @@ def mamba_split_conv1d_scan_combined(
     dtype = zxbcdt.dtype
     result = mamba_split_conv1d_scan(
         zxbcdt,
-        conv1d_weight,
-        conv1d_bias,
-        _parameter(dt_bias, dtype),
-        _parameter(A, dtype),
-        _parameter(D, dtype),
+        parameter(conv1d_weight, dtype),
+        parameter(conv1d_bias, dtype),
+        parameter(dt_bias, dtype),
+        parameter(A, dtype),
+        parameter(D, dtype),
         headdim=D.shape[1] if D.dim() == 2 else headdim,
         ngroups=ngroups,
         activation=activation,
         dt_limit=(dt_limit[0], dt_limit[1]),
-        rmsnorm_weight=rmsnorm_weight,
+        rmsnorm_weight=parameter(rmsnorm_weight, dtype),
         rmsnorm_eps=1e-6 if rmsnorm_eps is None else rmsnorm_eps,
         norm_before_gate=norm_before_gate,
         outproj_weight=outproj_weight,
