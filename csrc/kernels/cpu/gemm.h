@@ -68,10 +68,6 @@ struct Right<float, bf16> {
     return (Vec<float>)_mm512_dpbf16_ps((__m512)sum, left, right);
   }
 };
-MAMBA_INLINE IntVec<float> bf16_bits(Vec<float> v) {  // in the high half, rounded to nearest
-  const WordVec bits = (WordVec)v;
-  return (IntVec<float>)(v != v ? WordVec{} + 0x7fc00000 : (bits + 0x7fff + ((bits >> 16) & 1)) & 0xffff0000);
-}
 #endif
 
 // left(i, k) = src[i * ld + k], for i < rows and k < terms.
@@ -80,13 +76,16 @@ MAMBA_INLINE Left<R, T> left_of(R* buffer, const R* src, int64_t ld, int64_t row
   if constexpr (__is_same(R, T)) {
     return {src, ld, 1};
   } else {
+#if defined(__AVX512BF16__)
     bf16* to = reinterpret_cast<bf16*>(buffer);
     for (int64_t i = 0; i < rows; ++i) {
       for (int64_t k = 0; k < terms; k += kWidth<R>)
-        store_as<R>(to + i * padded(terms) + k, load<R>(src + i * ld + k));
+        _mm256_storeu_si256((__m256i*)(to + i * padded(terms) + k),
+                            (__m256i)_mm512_cvtneps_pbh((__m512)load<R>(src + i * ld + k)));
       if (terms % 2) to[i * padded(terms) + terms] = {0};
     }
     return {to, padded(terms), 1};
+#endif
   }
 }
 // right(k, v) = src[k * ld + v], for k < terms and v < ld.
@@ -97,11 +96,15 @@ MAMBA_INLINE Right<R, T> right_of(R* buffer, const R* src, int64_t ld, int64_t t
   } else {
 #if defined(__AVX512BF16__)
     bf16* to = reinterpret_cast<bf16*>(buffer);
+    typedef int16_t Lanes __attribute__((vector_size(64)));
+    Lanes interleave;
+    for (int i = 0; i < 32; ++i) interleave[i] = int16_t(i / 2 + i % 2 * 16);
     for (int64_t k = 0; k < terms; k += 2)
       for (int64_t v = 0; v < ld; v += kWidth<R>) {
-        const IntVec<R> low = bf16_bits(load<R>(src + k * ld + v));
-        const IntVec<R> high = k + 1 < terms ? bf16_bits(load<R>(src + (k + 1) * ld + v)) : IntVec<R>{};
-        _mm512_storeu_si512(to + k * ld + 2 * v, (__m512i)(high | ((low >> 16) & 0xffff)));
+        const Vec<R> first = load<R>(src + k * ld + v),
+                     second = k + 1 < terms ? load<R>(src + (k + 1) * ld + v) : Vec<R>{};
+        const __m512i both = (__m512i)_mm512_cvtne2ps_pbh((__m512)second, (__m512)first);
+        _mm512_storeu_si512(to + k * ld + 2 * v, _mm512_permutexvar_epi16((__m512i)interleave, both));
       }
     return {to, ld};
 #endif

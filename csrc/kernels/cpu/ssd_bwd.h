@@ -124,6 +124,8 @@ struct SsdBackward {
       for (int64_t head = 0; head < unit.heads; ++head) {
         unit.make_steps(p.fwd, head, t1 - t0);
         load_X(p.fwd, piece.row, t0, t1, head);
+        unit.prefetch_next(p.fwd, {&p.fwd.x}, piece.row, head, t0, t1, t1,
+                           t1 + dims.q < end ? t1 + dims.q : end);
         advance(dims, to + head * state_size, from + head * state_size, X, unit.steps.to_end, right_B,
                 t1 - t0);
       }
@@ -171,9 +173,10 @@ struct SsdBackward {
     unit.make_steps(p.fwd, head, len);
     load_X(p.fwd, piece.row, t0, t1, head);
     load_go(p, piece.row, t0, t1, head);
-    if (head + 1 < unit.heads)
-      for (const View* next : {&p.fwd.x, &p.fwd.z, &p.dy})
-        unit.prefetch_tokens(*next, piece.row, t0, t1, head + 1, dims.p);
+    const int64_t left_t0 = t0 - dims.q > piece.begin ? t0 - dims.q : piece.begin;
+    unit.prefetch_next(p.fwd, {&p.fwd.x, &p.fwd.z, &p.dy}, piece.row, head, t0, t1, left_t0, t0);
+    for (const View* out : {&p.dx, &p.dz})
+      unit.prefetch_tokens(*out, piece.row, t0, t1, unit.head0 + head, dims.p);
     const Left<R, T> left_go = left_of<R, T>(packed_go, go, ldp, len, dims.p);
     const Left<R, T> left_X = left_of<R, T>(packed_X, X, ldp, cols, dims.p);
     gemm<true>(left_go, right_of_transposed<R, T>(XT, left_X, cols, dims.p), len, cols, over_p, zero,

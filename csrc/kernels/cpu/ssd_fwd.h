@@ -119,6 +119,9 @@ void ssd_fwd(const SsdFwd& p, int64_t unit_begin, int64_t unit_end, void* scratc
         for (int64_t head = 0; head < unit.heads; ++head) {
           unit.make_steps(p, head, t1 - t0);
           unit.load_tokens(work.x, p.x, piece.row, t0, t1, unit.head0 + head, dims.p, unit.ldp, 0);
+          unit.prefetch_next(p, {&p.x, &p.z}, piece.row, head, t0, t1, t1,
+                             t1 + dims.q < piece.end ? t1 + dims.q : piece.end);
+          unit.prefetch_tokens(p.y, piece.row, t0, t1, unit.head0 + head, dims.p);
           if (p.y) work.output(p, piece.row, t0, t1, head);
           work.advance(dims, left_Bt, t1 - t0, head);
           if (total) total[head] += unit.steps.T;

@@ -6,6 +6,8 @@
 // tokens (q, padded q). Everything beyond the last token of a short chunk is zero where a product may read
 // it.
 #pragma once
+#include <initializer_list>
+
 #include "kernels/cpu/arena.h"
 #include "kernels/cpu/gemm.h"
 #include "kernels/cpu/tile.h"
@@ -108,10 +110,24 @@ struct SsdUnit {
                width, v.stride[3], src, ldp);
   }
 
-  void prefetch_tokens(const View& v, int64_t row, int64_t t0, int64_t t1, int64_t head,
+  // Asks for tokens [t0, t1) of one head, or group, of a tensor.
+  void prefetch_tokens(const View& v, int64_t row, int64_t t0, int64_t t1, int64_t which,
                        int64_t width) const {
-    prefetch_tile(v, row * v.stride[0] + t0 * v.stride[1] + (head0 + head) * v.stride[2], t1 - t0,
-                  v.stride[1], width, v.stride[3], 0, 1);
+    prefetch_tile(v, row * v.stride[0] + t0 * v.stride[1] + which * v.stride[2], t1 - t0, v.stride[1], width,
+                  v.stride[3], 0, 1);
+  }
+  // Asks for what comes after `head` of the chunk [t0, t1): the next head's tokens of the views, or B, C and
+  // the first head's of the chunk [next_t0, next_t1), if that has any.
+  void prefetch_next(const SsdFwd& p, std::initializer_list<const View*> views, int64_t row, int64_t head,
+                     int64_t t0, int64_t t1, int64_t next_t0, int64_t next_t1) const {
+    const bool last = head + 1 == heads;
+    if (last) {
+      t0 = next_t0, t1 = next_t1;
+      if (t0 >= t1) return;
+      prefetch_tokens(p.B, row, t0, t1, group_B, p.dims.n);
+      prefetch_tokens(p.C, row, t0, t1, group_C, p.dims.n);
+    }
+    for (const View* v : views) prefetch_tokens(*v, row, t0, t1, head0 + (last ? 0 : head + 1), p.dims.p);
   }
 
   // The steps of one head for the len tokens of the chunk.
