@@ -45,6 +45,8 @@ def ssd(
         o[t] = S[t] @ C[t] + D * x[t]
         y[t] = o[t] * silu(z[t]) if z is given else o[t]
 
+    Nothing but the inputs is saved for the backward.
+
     Args:
         x: (b, l, h, p) with p in 1..256, float32, bfloat16, float16 or float64; any strides.
         dt: (b, l, h), x's dtype or float32. Step sizes before bias, softplus and limits.
@@ -57,8 +59,8 @@ def ssd(
         dt_bias: (h), x's dtype or float32.
         dt_softplus: apply softplus (the identity above 20) to the steps.
         dt_limit: (low, high) between which the steps are clamped, after softplus.
-        chunk_size: tokens per chunk, 1..256; None picks a good one. Results differ by rounding alone; a
-            kernel for one kind of GPU may take its own.
+        chunk_size: tokens per chunk, 1..256; None picks a good one. Results differ by rounding alone; on
+            a GPU the chunks may be shorter, or a kernel's own.
         initial_state: (b, h, p, n), or (s, h, p, n) with cu_seqlens; any floating dtype.
         seq_idx: (b, l) integers: the state is reset where neighbours differ. The initial state enters the
             first stretch of a row, the final state is that of the last one.

@@ -9,6 +9,7 @@ import torch
 from hypothesis import settings
 
 import mamba_ops
+from mamba_ops import _C
 from tests import cases
 
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # what cuBLAS needs in deterministic mode
@@ -58,10 +59,23 @@ def large_gpu(request: pytest.FixtureRequest) -> str:
     return "cuda"
 
 
-@pytest.fixture(params=["cpu", "cuda"])
-def device(request: pytest.FixtureRequest) -> str:
-    """Each device that the operator of the test file (its OPERATOR) can run on."""
-    reason = missing_device(request.module.OPERATOR, request.param)
+# A call that takes an operator's fast CUDA kernels, where it has some for the GPU.
+FAST = {"ssd": {"b": 4, "l": 4096, "h": 80, "p": 64, "n": 128}}
+
+
+@pytest.fixture(params=["cpu", "cuda", "cuda portable"])
+def device(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Each device that the operator of the test file (its OPERATOR) can run on; a GPU also by its portable
+    kernels, where the operator has others."""
+    operator = request.module.OPERATOR
+    name, _, path = request.param.partition(" ")
+    reason = missing_device(operator, name)
+    if not reason and path:
+        plan = mamba_ops.plan(operator, "cuda", torch.bfloat16, **FAST.get(operator, {}))
+        if not any("hopper" in kernel for kernel in plan.values()):
+            reason = "no other kernels"
     if reason:
         pytest.skip(reason)
-    return str(request.param)
+    _C.set_cuda_path(path or "auto")
+    yield name
+    _C.set_cuda_path("auto")

@@ -1,19 +1,22 @@
 """ssd against the recurrence: every option, dtype, layout and length."""
 
 import math
+from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import mamba_ops
+from mamba_ops import _C
 from tests import cases
 from tests.cases import SSD_OPTIONS
 from tests.compare import check, evaluate
 
 OPERATOR = "ssd"
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+TOKENS = ("x", "dt", "B", "C")
 WITHOUT_LIMIT = tuple(option for option in SSD_OPTIONS if option != "dt_limit")
 WITHOUT_GATE = tuple(option for option in WITHOUT_LIMIT if option != "z")
 
@@ -279,9 +282,72 @@ def test_a_pack_equals_its_sequences(device: str) -> None:
         torch.testing.assert_close(state[k : k + 1], state_k)
 
 
-@settings(max_examples=60)
+def long_inputs(device: str, dtype: torch.dtype, l: int, h: int, p: int, n: int) -> dict[str, Any]:
+    generator = torch.Generator(device).manual_seed(0)
+
+    def normal(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, generator=generator, device=device, dtype=dtype)
+
+    return {
+        "x": normal(1, l, h, p),
+        "dt": normal(1, l, h) - 4,
+        "A": -torch.linspace(0.01, 4, h, device=device),
+        "B": normal(1, l, 1, n),
+        "C": normal(1, l, 1, n),
+        "dt_softplus": True,
+        "return_final_state": True,
+    }
+
+
+def test_a_long_call_equals_its_parts(device: str) -> None:
+    """On a GPU the backward runs span by span of the sequence here: its workspace is bounded."""
+    sizes = (2048, 2, 8, 8) if device == "cpu" else (4096, 48, 256, 256)
+    inputs = long_inputs(device, torch.float32, *sizes)
+    leaves = inputs | {name: inputs[name].clone().requires_grad_() for name in TOKENS}
+    y, state = mamba_ops.ssd(**leaves)
+    whole = torch.autograd.grad(y.sum() + state.sum(), [leaves[name] for name in TOKENS])
+
+    parts = [{name: inputs[name].chunk(4, 1)[i].requires_grad_() for name in TOKENS} for i in range(4)]
+    carried, loss = None, torch.zeros((), device=device)
+    for part in parts:
+        y, carried = mamba_ops.ssd(**inputs | part, initial_state=carried)
+        loss = loss + y.sum()
+    assert carried is not None
+    (loss + carried.sum()).backward()
+    torch.testing.assert_close(state, carried, rtol=1e-4, atol=1e-4 * carried.abs().max().item())
+    for name, grad in zip(TOKENS, whole, strict=True):
+        expected = torch.cat([part[name].grad for part in parts], 1)
+        torch.testing.assert_close(grad, expected, rtol=1e-3, atol=1e-4 * expected.abs().max().item())
+
+
+@pytest.mark.parametrize("path", ["auto", "portable"])
+def test_more_than_2_to_the_31_elements(large_gpu: str, path: str) -> None:
+    """The last tokens equal those of a short call that continues from the state before them."""
+    h, p, tail = 32, 64, 130
+    inputs = long_inputs(large_gpu, torch.bfloat16, 2**31 // (h * p) + 1000, h, p, 16)
+    assert inputs["x"].numel() > 2**31
+    _C.set_cuda_path(path)
+    try:
+        leaves = inputs | {name: inputs[name].requires_grad_() for name in TOKENS}
+        y, final = mamba_ops.ssd(**leaves)
+        dy = torch.zeros_like(y)
+        dy[:, -tail:] = 1
+        grads = torch.autograd.grad(y, [leaves[name] for name in TOKENS], dy)
+        with torch.no_grad():
+            _, state = mamba_ops.ssd(**inputs | {name: inputs[name][:, :-tail] for name in TOKENS})
+        last = {name: inputs[name].detach()[:, -tail:].requires_grad_() for name in TOKENS}
+        y_last, final_last = mamba_ops.ssd(**inputs | last, initial_state=state)
+        grads_last = torch.autograd.grad(y_last, list(last.values()), dy[:, -tail:])
+    finally:
+        _C.set_cuda_path("auto")
+    got_all = (y[:, -tail:], final, *(grad[:, -tail:] for grad in grads))
+    for got, expected in zip(got_all, (y_last, final_last, *grads_last), strict=True):
+        torch.testing.assert_close(got, expected, rtol=2e-2, atol=1e-2 * expected.abs().max().item())
+
+
+@settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
-def test_any_shape_and_options(data: st.DataObject) -> None:
+def test_any_shape_and_options(device: str, data: st.DataObject) -> None:
     draw = data.draw
     pack = draw(st.sampled_from(cases.PACKS))
     h = draw(st.integers(2, 6))
@@ -300,6 +366,7 @@ def test_any_shape_and_options(data: st.DataObject) -> None:
         decay=draw(st.sampled_from(sorted(cases.STEPS))),
         layout=draw(st.sampled_from(cases.LAYOUTS)),
         dtype=draw(st.sampled_from(DTYPES)),
+        device=device,
         seed=draw(st.integers(0, 1000)),
     )
     check(OPERATOR, inputs)

@@ -37,6 +37,18 @@ __device__ inline void load_matrices_transposed(uint32_t (&to)[4], const void* r
                : "memory");
 }
 
+// An 8 x 8 matrix of 16-bit values, held as ldmatrix gives it: transposed.
+__device__ inline uint32_t turn_matrix(uint32_t row) {
+  uint32_t turned;
+  asm volatile("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(turned) : "r"(row));
+  return turned;
+}
+__device__ inline uint32_t pack_bf16(float low, float high) {
+  uint32_t result;
+  asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(result) : "f"(high), "f"(low));
+  return result;
+}
+
 // c += a b. Lane 4 r + q holds of c rows r (c[0], c[1]) and r + 8 (c[2], c[3]), columns 2 q, 2 q + 1.
 
 // (16 x 16) (16 x 8): a[0], a[1] rows r, r + 8 of k = 2 q, 2 q + 1; a[2], a[3] of k + 8. b[0], b[1]: column

@@ -1,10 +1,311 @@
-#include "kernels/cuda/ssd.h"
+// SSD backward, portable (math: kernels/ssd.h), cell by cell of q tokens, all cells at once:
+//
+//   go = dy silu(z);  dM_ij = go_i . X_j;  W = dM o M;  dCB = dM o L      (i >= j)
+//   dX_j = sum_i M_ij go_i + 2^(T - s_j) G B_j;   dx_j = delta_j dX_j + D go_j
+//   dC_i = sum_j dCB_ij B_j + chi_i,  chi_i = 2^s_i H^T go_i;    r_i = C_i . chi_i
+//   dB_j = sum_i dCB_ij C_i + beta_j,  beta_j = 2^(T - s_j) G^T X_j;    k_j = B_j . beta_j
+//   da_t = sum_{i >= t} (sum_j W_ij - sum_m W_mi) + sum_{i >= t} r_i + sum_{j < t} k_j + 2^T <G, H>
+//   ddelta_j = x_j . dX_j + A da_j;   dA = sum delta da
+//
+// 1, 2: ssd_states: H before every cell, and G, the gradient of the state after it.
+//
+// 3: ssd_backward: a block owns a cell of one row and a few heads that share B and C. It goes through the
+// heads, kP channels at a time, with C B^T, its gradient, dB and dC in registers: kQ / 16 x kGroups warps, 16
+// tokens (as j, as i, or as rows of dx) by a share of the columns. Row and column sums of W are those of one
+// float32 tile without its diagonal: what cancels is exact up to float32. Four warps make the steps of four
+// heads at once, and in the end what comes of them. Where runs begin in the cell its chunks follow each
+// other, with the states of their runs; the block writes the gradients of those. Shared memory: B, C (kQ x
+// kN); x, go (kQ x kP), H, G (kP x kN), twice where they fit; M (kQ x kQ).
+//
+// 4: ssd_reduce: sums of dA, ddt_bias, dD over cells, and of dB, dC over blocks of heads, in order.
+//
+// No atomics, every order is fixed by the sizes and the GPU's kind: bitwise repeatable. Nothing but the
+// inputs is saved. Workspace: the states of cells, in the factors' type, for spans of the sequences that take
+// at most kSpanBytes together (at least one cell); longer calls run 1 to 3 for span after span from the
+// right, after one pass for H before every span. Beside that the partial sums of 4, of which those of dB and
+// dC are not needed where one block has all heads of a group. Bound by memory: x, dy, dx once, 4 states a
+// cell each way.
+#include <algorithm>
+
+#include "kernels/cuda/ssd_bwd.cuh"
 
 namespace mamba_ops {
 
-int64_t ssd_bwd_portable_workspace(const SsdBwd&, const Sequences&, int64_t) { return 0; }
-const char* ssd_bwd_portable(const SsdBwd&, const Sequences&, int64_t, void*, void*) {
-  return "has no CUDA kernel in this version";
+namespace gpu {
+
+namespace {
+
+constexpr int64_t kSpanBytes = int64_t(1) << 30;
+constexpr int kReduceThreads = 256;
+
+template <class F, int kN>
+__global__ void __launch_bounds__(BwdTiles<F, kN>::kThreads, 1) ssd_backward(const BwdArgs a) {
+  using T = BwdTiles<F, kN>;
+  extern __shared__ __align__(16) unsigned char memory[];
+  const int64_t rest = blockIdx.x / a.blocks;
+  Backward<F, kN> backward(a, *reinterpret_cast<T*>(memory), rest / a.count, a.first_cell + rest % a.count,
+                           blockIdx.x % a.blocks);
+  if (is_invalid(a.seqs))
+    backward.fill_nan();
+  else
+    backward.run();
+}
+
+// Block (head, which): the sum of one number over all rows and cells.
+template <class R>
+__device__ void reduce_sums(const BwdArgs& a, int64_t head, int64_t which) {
+  __shared__ double shared[kReduceThreads];
+  const int64_t width = a.sums_width(), h = a.p.fwd.dims.h, count = a.p.fwd.dims.b * a.cells;
+  double sum = 0;
+  for (int64_t i = threadIdx.x; i < count; i += kReduceThreads)
+    sum += static_cast<const R*>(a.sums)[(i * h + head) * width + which];
+  shared[threadIdx.x] = sum;
+  for (int d = kReduceThreads / 2; d > 0; d /= 2) {
+    __syncthreads();
+    if (threadIdx.x < d) shared[threadIdx.x] += shared[threadIdx.x + d];
+  }
+  if (threadIdx.x != 0) return;
+  sum = is_invalid(a.seqs) ? double(NAN) : shared[0];
+  if (which == 0)
+    store_one(a.p.dA, head * a.p.dA.stride[0], sum);
+  else if (which > 1)
+    store_one(a.p.dD, head * a.p.dD.stride[0] + (which - 2) * a.p.dD.stride[1], sum);
+  else if (a.p.ddt_bias.data)
+    store_one(a.p.ddt_bias, head * a.p.ddt_bias.stride[0], sum);
+}
+
+// dB and dC from the partial sums of the blocks of heads; with bad offsets NaN in any case.
+template <class R>
+__device__ void reduce_BC(const BwdArgs& a, int64_t first, int64_t stride) {
+  const SsdDims& dims = a.p.fwd.dims;
+  const int64_t ldn = ssd_padded_n(dims), tokens = dims.b * dims.l;
+  for (int which = 0; which < 2; ++which) {
+    const View& out = which == 0 ? a.p.dB : a.p.dC;
+    const int64_t groups = which == 0 ? dims.groups_B : dims.groups_C, blocks = a.blocks / groups;
+    for (int64_t i = first; i < tokens * groups * dims.n; i += stride) {
+      const int64_t n = i % dims.n, group = i / dims.n % groups, token = i / dims.n / groups;
+      R sum = 0;
+      if (is_invalid(a.seqs))
+        sum = NAN;
+      else
+        for (int64_t k = group * blocks; k < (group + 1) * blocks; ++k)
+          sum += static_cast<const R*>(a.partial_BC)[((k * tokens + token) * 2 + which) * ldn + n];
+      store_one(out,
+                token / dims.l * out.stride[0] + token % dims.l * out.stride[1] + group * out.stride[2] +
+                    n * out.stride[3],
+                sum);
+    }
+  }
+}
+
+template <class R>
+__global__ void __launch_bounds__(kReduceThreads) ssd_reduce(const BwdArgs a) {
+  const int64_t sums = a.p.fwd.dims.h * a.sums_width();
+  if (blockIdx.x < sums)
+    reduce_sums<R>(a, blockIdx.x / a.sums_width(), blockIdx.x % a.sums_width());
+  else if (a.partial_BC || is_invalid(a.seqs) || a.p.fwd.dims.h == 0)
+    reduce_BC<R>(a, (blockIdx.x - sums) * kReduceThreads + threadIdx.x, (gridDim.x - sums) * kReduceThreads);
+}
+
+template <class R>
+__global__ void pass_all_gradients(const R* from, R* to, int64_t count, const Sequences seqs) {
+  for (int64_t i = int64_t(blockIdx.x) * blockDim.x + threadIdx.x; i < count;
+       i += int64_t(gridDim.x) * blockDim.x)
+    to[i] = is_invalid(seqs) ? R(NAN) : from ? from[i] : R(0);
+}
+
+// How a call is cut, and where its workspace lies.
+struct BwdPlan {
+  int64_t q, cells, span, spans;  // tokens of a cell; cells of a row, of a span; spans
+  int64_t heads;                  // of a block
+  int64_t starts, carry, states, decays, sums, partial_BC, bytes;  // offsets, -1: not needed
+
+  template <class F, int kN>
+  static BwdPlan of(SsdDims dims, int64_t sums_width) {
+    using T = BwdTiles<F, kN>;
+    using R = typename F::Real;
+    BwdPlan plan{};
+    plan.q = std::min<int64_t>(dims.q, T::kQ);
+    plan.cells = ceil_div(dims.l, plan.q);
+    const int64_t size = dims.p * ssd_padded_n(dims);
+    const int64_t cell_bytes = dims.b * dims.h * size * int64_t(sizeof(typename F::Element));
+    plan.span = std::clamp<int64_t>(kSpanBytes / std::max<int64_t>(2 * cell_bytes, 1), 1,
+                                    std::max<int64_t>(plan.cells, 1));
+    plan.spans = ceil_div(plan.cells, plan.span);
+
+    // As few blocks of heads as keep the GPU busy: each has partial sums of dB and dC.
+    int device = 0, processors = 0;
+    cudaGetDevice(&device);
+    cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device);
+    const int64_t share = std::max<int64_t>(dims.sharing(), 1);
+    const int64_t others = std::max<int64_t>(dims.b * std::min(plan.cells, plan.span) * (dims.h / share), 1);
+    plan.heads = ceil_div(share, std::clamp<int64_t>(ceil_div(4 * processors, others), 1, share));
+    dims.heads = plan.heads;
+
+    const auto take = [&](bool wanted, int64_t count, int64_t size_of) {
+      const int64_t at = wanted ? plan.bytes : -1;
+      if (wanted) plan.bytes += aligned(count * size_of);
+      return at;
+    };
+    const bool whole_groups = dims.blocks_per_share() == 1 && dims.groups_B == dims.groups_C;
+    const int64_t row_heads = dims.b * dims.h;
+    plan.starts = take(plan.spans > 1, plan.spans * row_heads * size, sizeof(R));
+    plan.carry = take(plan.spans > 1, row_heads * size, sizeof(R));
+    plan.states = take(true, 2 * aligned(plan.span * cell_bytes), 1);
+    plan.decays = take(true, 2 * std::max(plan.span, plan.spans) * row_heads, sizeof(R));
+    plan.sums = take(true, plan.cells * row_heads * sums_width, sizeof(R));
+    plan.partial_BC =
+        take(!whole_groups, dims.head_blocks() * dims.b * dims.l * 2 * ssd_padded_n(dims), sizeof(R));
+    return plan;
+  }
+};
+
+template <class F, int kN>
+struct BwdLaunch {
+  using T = BwdTiles<F, kN>;
+  using R = typename F::Real;
+  BwdArgs a;
+  BwdPlan plan;
+  char* workspace;
+  cudaStream_t stream;
+
+  BwdLaunch(const SsdBwd& p, const Sequences& seqs, int64_t states, void* memory, cudaStream_t to)
+      : workspace(static_cast<char*>(memory)), stream(to) {
+    const SsdDims& dims = p.fwd.dims;
+    const std::initializer_list<int64_t> tokens = {dims.b, dims.l, dims.h, dims.p};
+    const std::initializer_list<int64_t> B = {dims.b, dims.l, dims.groups_B, dims.n},
+                                         C = {dims.b, dims.l, dims.groups_C, dims.n};
+    const auto rows_of_states = [&](const void* data) {
+      View v{
+          .data = const_cast<void*>(data), .dtype = sizeof(R) == 8 ? DType::f64 : DType::f32, .stride = {}};
+      v.stride[0] = dims.n;
+      v.stride[1] = 1;
+      return rows_of<F>(v, {2, dims.n});
+    };
+    a = {.p = p,
+         .seqs = seqs,
+         .states = states,
+         .x = rows_of<F>(p.fwd.x, tokens),
+         .z = rows_of<F>(p.fwd.z, tokens),
+         .dy = rows_of<F>(p.dy, tokens),
+         .dx = rows_of<F>(p.dx, tokens),
+         .dz = rows_of<F>(p.dz, tokens),
+         .B = rows_of<F>(p.fwd.B, B),
+         .C = rows_of<F>(p.fwd.C, C),
+         .dB = rows_of<F>(p.dB, B),
+         .dC = rows_of<F>(p.dC, C),
+         .states_in = rows_of_states(p.fwd.states_in),
+         .dstates_out = rows_of_states(p.dstates_out),
+         .blocks = 0,
+         .share = 0,
+         .per_share = 0,
+         .q = 0,
+         .cells = 0,
+         .first_cell = 0,
+         .count = 0,
+         .before = {},
+         .sums = nullptr,
+         .partial_BC = nullptr};
+    plan = BwdPlan::of<F, kN>(dims, a.sums_width());
+    a.p.fwd.dims.heads = plan.heads;
+    a.blocks = a.p.fwd.dims.head_blocks();
+    a.share = dims.sharing();
+    a.per_share = a.p.fwd.dims.blocks_per_share();
+    a.q = plan.q;
+    a.cells = plan.cells;
+    a.sums = at(plan.sums);
+    a.partial_BC = at(plan.partial_BC);
+  }
+
+  void* at(int64_t offset) const { return offset < 0 ? nullptr : workspace + offset; }
+  SsdPieces pieces(int64_t cells, int64_t first, int64_t count) const {
+    SsdPieces result{};
+    result.q = plan.q;
+    result.cells = cells;
+    result.begin = first * plan.q;
+    result.count = count;
+    return result;
+  }
+
+  const char* find_starts() const {
+    SsdPieces whole = pieces(plan.span, 0, plan.spans);
+    whole.states[0] = at(plan.starts);
+    whole.decays[0] = at(plan.decays);
+    whole.wide = true;
+    return ssd_states(a.p, a.seqs, whole, stream);
+  }
+
+  const char* run_span(int64_t span) {
+    const SsdDims& dims = a.p.fwd.dims;
+    const int64_t size = dims.h * dims.p * ssd_padded_n(dims);
+    a.first_cell = span * plan.span;
+    a.count = std::min(plan.span, plan.cells - a.first_cell);
+    SsdPieces cells = pieces(1, a.first_cell, a.count);
+    const int64_t states = aligned(plan.span * dims.b * size * int64_t(sizeof(typename F::Element)));
+    for (int i = 0; i < 2; ++i) {
+      a.before[i] = cells.states[i] = workspace + plan.states + i * states;
+      cells.decays[i] = static_cast<R*>(at(plan.decays)) + i * plan.span * dims.b * dims.h;
+    }
+    if (plan.spans > 1) {
+      cells.carry_in[0] = static_cast<R*>(at(plan.starts)) + span * size;
+      cells.carry_stride[0] = plan.spans * size;
+      cells.carry_in[1] = span + 1 < plan.spans ? at(plan.carry) : nullptr;
+      cells.carry_stride[1] = size;
+      cells.carry_out = at(plan.carry);
+    }
+    if (const char* error = ssd_states(a.p, a.seqs, cells, stream)) return error;
+    const int64_t blocks = dims.b * a.count * a.blocks;
+    if (blocks > INT_MAX) return "more blocks than one launch may have";
+    const int bytes = sizeof(T);
+    if (const char* error = allow_shared(ssd_backward<F, kN>, bytes)) return error;
+    ssd_backward<F, kN><<<unsigned(blocks), T::kThreads, bytes, stream>>>(a);
+    return launch_error();
+  }
+
+  const char* run() {
+    const SsdDims& dims = a.p.fwd.dims;
+    if (plan.spans > 1 && dims.b * dims.h > 0)
+      if (const char* error = find_starts()) return error;
+    for (int64_t span = dims.b * dims.h > 0 ? plan.spans - 1 : -1; span >= 0; --span)
+      if (const char* error = run_span(span)) return error;
+    const int64_t values = dims.b * dims.l * std::max(dims.groups_B, dims.groups_C) * dims.n;
+    const int64_t blocks = dims.h * a.sums_width() + std::clamp<int64_t>(values / kReduceThreads, 1, 8192);
+    ssd_reduce<R><<<unsigned(blocks), kReduceThreads, 0, stream>>>(a);
+    return launch_error();
+  }
+};
+
+template <class Function>
+auto by_kernel(const SsdFwd& p, Function f) {
+  return by_factors(p.x.dtype, [&]<class F>() {
+    return by_width(p.dims.n, [&]<int kN>() { return f.template operator()<F, kN>(); });
+  });
+}
+
+}  // namespace
+
+}  // namespace gpu
+
+int64_t ssd_bwd_portable_workspace(const SsdBwd& p, const Sequences& seqs, int64_t states) {
+  using namespace gpu;
+  return by_kernel(p.fwd, [&]<class F, int kN>() {
+    return BwdLaunch<F, kN>(p, seqs, states, nullptr, nullptr).plan.bytes;
+  });
+}
+
+const char* ssd_bwd_portable(const SsdBwd& p, const Sequences& seqs, int64_t states, void* workspace,
+                             void* cuda_stream) {
+  using namespace gpu;
+  const SsdDims& dims = p.fwd.dims;
+  const cudaStream_t stream = static_cast<cudaStream_t>(cuda_stream);
+  return by_kernel(p.fwd, [&]<class F, int kN>() -> const char* {
+    using R = typename F::Real;
+    const int64_t count = states * dims.h * dims.p * dims.n;
+    if (dims.b * dims.l * dims.h == 0 && p.dstates_in && count > 0)
+      pass_all_gradients<R><<<256, 256, 0, stream>>>(static_cast<const R*>(p.dstates_out),
+                                                     static_cast<R*>(p.dstates_in), count, seqs);
+    return BwdLaunch<F, kN>(p, seqs, states, workspace, stream).run();
+  });
 }
 
 }  // namespace mamba_ops

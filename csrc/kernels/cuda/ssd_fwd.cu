@@ -1,10 +1,444 @@
+// SSD forward, portable (math: kernels/ssd.h): chunk by chunk with the state in registers.
+//
+//   P_ij = (C_i . B_j) 2^(s_i - s_j) delta_j for i >= j;   Y^T = (H C^T) 2^s_i + X^T P^T
+//   y = (Y + D x) silu(z);   H <- 2^T H + sum_j (2^(T - s_j) delta_j x_j) B_j^T
+//
+// A block owns one head of one row (or a piece of that row), and kP channels of it; it goes through the
+// chunks in order. A warp owns 16 of the channels: their states are its sums, and as they are the left factor
+// of H C^T; X^T, read across, is that of the other two products. P alone goes through shared memory: kQ / 16
+// warps by kWarps 16 / kQ make its blocks on and below the diagonal. Warp 0, which has the fewest, makes the
+// steps of the next chunk too.
+//
+// Shared memory: tiles of B and C (kQ x kN), free for the next chunk's once P is there; two of x (kQ x kP), y
+// takes the place of the one in use; P (kQ x kQ); z (kQ x kP) where there is one.
+//
+// A run that begins takes its initial state's row, one that ends leaves its final state's; sequences without
+// tokens are copied by the block of the run that follows them. Where there are too few blocks, sequences are
+// cut into pieces whose first states ssd_states finds: three launches instead of one. No atomics, every order
+// is fixed by the sizes and the GPU's kind: bitwise repeatable. Bound by mma.sync and shared memory together;
+// float32 by mma.sync.
+#include <algorithm>
+
 #include "kernels/cuda/ssd.h"
+#include "kernels/cuda/ssd_states.h"
+#include "kernels/cuda/ssd_tile.cuh"
 
 namespace mamba_ops {
 
-int64_t ssd_fwd_portable_workspace(const SsdFwd&, const Sequences&, int64_t) { return 0; }
-const char* ssd_fwd_portable(const SsdFwd&, const Sequences&, int64_t, void*, void*) {
-  return "has no CUDA kernel in this version";
+namespace gpu {
+
+namespace {
+
+struct FwdArgs {
+  SsdFwd p;
+  Sequences seqs;
+  int64_t states;  // rows of states
+  Rows x, z, y, B, C;
+  int64_t q, cells, pieces;  // tokens of a cell, cells of a piece, pieces of a row
+  const void* entering;      // (b, pieces, h, p, padded n): states before the pieces
+};
+
+// Sizes by the type of the factors and the width that holds n. kBlocks: of a multiprocessor.
+template <class F, int kN>
+struct FwdSizes;
+template <int N>
+struct FwdSizes<Bf16, N> {
+  static constexpr int kQ = 64, kP = 64, kBlocks = N <= 128 ? 3 : 2;
+};
+template <int N>
+struct FwdSizes<Float32, N> {
+  static constexpr int kQ = 32, kP = 64, kBlocks = N <= 128 ? 3 : 2;
+};
+template <int N>
+struct FwdSizes<Float64, N> {
+  static constexpr int kQ = N <= 128 ? 32 : 16, kP = 32, kBlocks = 1;
+};
+
+template <class F, int kWidth>
+struct FwdTiles : FwdSizes<F, kWidth> {
+  using E = typename F::Element;
+  using R = typename F::Real;
+  using FwdSizes<F, kWidth>::kQ, FwdSizes<F, kWidth>::kP;
+  static constexpr int kN = kWidth, kWarps = kP / 16, kThreads = 32 * kWarps;
+  static constexpr int kLdX = kP + F::kPadAcross, kLdN = kN + F::kPadAlong, kLdP = kQ + F::kPadAlong;
+  alignas(16) E B[kQ * kLdN];
+  alignas(16) E C[kQ * kLdN];
+  alignas(16) E x[2][kQ * kLdX];
+  Steps<R, kQ> steps[2];
+  alignas(16) E P[kQ * kLdP];
+  alignas(16) E z[kQ * kLdX];  // allocated for z alone
+  static constexpr int bytes(bool z) { return int(z ? sizeof(FwdTiles) : offsetof(FwdTiles, z)); }
+};
+
+struct Chunk {
+  int64_t begin;
+  int tokens;  // 0: none
+};
+
+template <class F, int kWidth>
+struct Forward {
+  using T = FwdTiles<F, kWidth>;
+  using E = typename F::Element;
+  using R = typename F::Real;
+  static constexpr int kQ = T::kQ, kP = T::kP, kN = T::kN;
+
+  const FwdArgs& a;
+  T& tiles;
+  int64_t row, head, piece;
+  int first_p, channels;  // of the block
+  int64_t piece_end, cell_end;
+  int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+  HeadParameters<R> parameters;
+  R state[kN / 8][4];
+
+  __device__ Forward(const FwdArgs& args, T& shared, int64_t b, int64_t h, int64_t k, int p)
+      : a(args),
+        tiles(shared),
+        row(b),
+        head(h),
+        piece(k),
+        first_p(p),
+        channels(int(min(args.p.dims.p - p, int64_t(kP)))),
+        parameters(args.p, h) {
+    cell_end = piece * a.cells * a.q;
+    piece_end = min(cell_end + a.cells * a.q, a.p.dims.l);
+  }
+
+  __device__ Chunk chunk_from(int64_t t) {
+    if (t >= piece_end) return {t, 0};
+    if (t == cell_end) cell_end = min(cell_end + a.q, piece_end);
+    return {t, int(first_start(a.seqs, row, t, cell_end) - t)};
+  }
+
+  __device__ void load_BC(const Chunk& chunk) const {
+    const SsdDims& dims = a.p.dims;
+    load_tokens<F, kQ, kN, T::kThreads>(tiles.C, T::kLdN, a.C, row, chunk.begin,
+                                        head / (dims.h / dims.groups_C), 0, chunk.tokens, int(dims.n));
+    load_tokens<F, kQ, kN, T::kThreads>(tiles.B, T::kLdN, a.B, row, chunk.begin,
+                                        head / (dims.h / dims.groups_B), 0, chunk.tokens, int(dims.n));
+  }
+  __device__ void load_channels(E* tile, const Rows& from, const Chunk& chunk) const {
+    load_tokens<F, kQ, kP, T::kThreads>(tile, T::kLdX, from, row, chunk.begin, head, first_p, chunk.tokens,
+                                        channels);
+  }
+
+  __device__ int64_t state_at(int64_t k) const {
+    return ((k * a.p.dims.h + head) * a.p.dims.p + first_p) * a.p.dims.n;
+  }
+  // The rows [begin, end) of the states belong to sequences without tokens.
+  __device__ void pass_states(int64_t begin, int64_t end) const {
+    if (!a.p.states_out) return;
+    for (int64_t k = begin; k < end; ++k)
+      for (int i = threadIdx.x; i < channels * a.p.dims.n; i += T::kThreads)
+        static_cast<R*>(a.p.states_out)[state_at(k) + i] =
+            a.p.states_in ? static_cast<const R*>(a.p.states_in)[state_at(k) + i] : R(0);
+  }
+  __device__ void enter(const Chunk& chunk) {
+    const SsdDims& dims = a.p.dims;
+    const int64_t first_row = 16 * warp;
+    if (is_edge(a.seqs, row, chunk.begin, dims.l)) {
+      const int64_t k = state_row(a.seqs, row, chunk.begin);
+      const R* from = static_cast<const R*>(a.p.states_in);
+      if (from) from += state_at(k) + first_row * dims.n;
+      load_state(state, k >= 0 ? from : nullptr, dims.n, channels - first_row, dims.n);
+      if (a.seqs.cu_seqlens.data)
+        pass_states(chunk.begin == 0 ? 0 : state_row(a.seqs, row, chunk.begin - 1) + 1, k);
+    } else if (chunk.begin == piece * a.cells * a.q) {
+      const int64_t ldn = ssd_padded_n(dims);
+      const R* from = static_cast<const R*>(a.entering) +
+                      (((row * a.pieces + piece) * dims.h + head) * dims.p + first_p + first_row) * ldn;
+      load_state(state, from, ldn, channels - first_row, dims.n);
+    }
+  }
+  __device__ void leave(const Chunk& chunk) {
+    const SsdDims& dims = a.p.dims;
+    const int64_t end = chunk.begin + chunk.tokens, first_row = 16 * warp;
+    if (!a.p.states_out || !is_edge(a.seqs, row, end, dims.l)) return;
+    const int64_t k = state_row_out(a.seqs, row, end, dims.l);
+    if (k >= 0)
+      store_state(static_cast<R*>(a.p.states_out) + state_at(k) + first_row * dims.n, dims.n, state,
+                  channels - first_row, dims.n);
+    if (a.seqs.cu_seqlens.data && end == dims.l) pass_states(k + 1, a.states);
+  }
+
+  // The blocks of P on and below the diagonal.
+  __device__ void make_pairs(const Steps<R, kQ>& steps) const {
+    constexpr int kRowBlocks = kQ / 16, kColumns = kQ * kRowBlocks / T::kWarps;
+    const int block = warp % kRowBlocks, first_column = warp / kRowBlocks * kColumns;
+    R sums[kColumns / 8][4] = {};
+    const auto below = [&](int i) { return first_column / 16 + i <= block; };
+#pragma unroll
+    for (int k = 0; k < kN; k += 16)
+      multiply_columns<F, false>(sums, F::left(tiles.C + block * 16 * T::kLdN + k, T::kLdN),
+                                 tiles.B + first_column * T::kLdN + k, T::kLdN, below);
+    const int i = block * 16 + lane / 4;
+    const R s[2] = {steps.s[i], steps.s[i + 8]};
+#pragma unroll
+    for (int tile = 0; tile < kColumns / 8; ++tile) {
+      if (!below(tile / 2)) continue;
+      const int j = first_column + 8 * tile + lane % 4 * 2;
+      const R s_j[2] = {steps.s[j], steps.s[j + 1]}, delta[2] = {steps.delta[j], steps.delta[j + 1]};
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        R pair[2];
+#pragma unroll
+        for (int k = 0; k < 2; ++k)
+          pair[k] =
+              i + 8 * half >= j + k ? sums[tile][2 * half + k] * exp2_of(s[half] - s_j[k]) * delta[k] : R(0);
+        F::store_pair(tiles.P + (i + 8 * half) * T::kLdP + j, pair[0], pair[1]);
+      }
+    }
+  }
+
+  // Y^T of this warp's channels from H, and H after the chunk. Does not read P.
+  __device__ void pass_state(const E* x, const Steps<R, kQ>& steps, R (&y)[kQ / 8][4]) {
+#pragma unroll
+    for (int k = 0; k < kN; k += 16)
+      multiply_columns<F, false>(y, F::from_sums(state[k / 8], state[k / 8 + 1]), tiles.C + k, T::kLdN);
+#pragma unroll
+    for (int tile = 0; tile < kQ / 8; ++tile) {
+      R decay[2];
+      for (int k = 0; k < 2; ++k) decay[k] = steps.from_start[8 * tile + lane % 4 * 2 + k];
+#pragma unroll
+      for (int k = 0; k < 4; ++k) y[tile][k] *= decay[k % 2];
+    }
+    scale(state, steps.decay);
+#pragma unroll
+    for (int k = 0; k < kQ; k += 16) {
+      const auto left = F::left_turned(x + k * T::kLdX + 16 * warp, T::kLdX);
+      multiply_columns<F, true>(state, F::weighted(left, steps.weight + k), tiles.B + k * T::kLdN, T::kLdN);
+    }
+  }
+
+  // + X^T P^T, + D x, the gate; then y takes x's place in the tile, and goes out.
+  __device__ void finish(E* x, const Chunk& chunk, R (&y)[kQ / 8][4]) const {
+    R D[2] = {};
+    const int channel = 16 * warp + lane / 4;
+    if (a.p.D.data)
+#pragma unroll
+      for (int half = 0; half < 2; ++half)
+        if (channel + 8 * half < channels)
+          D[half] = load_one<R>(
+              a.p.D, head * a.p.D.stride[0] +
+                         (a.p.dims.D_per_channel ? (first_p + channel + 8 * half) * a.p.D.stride[1] : 0));
+#pragma unroll
+    for (int k = 0; k < kQ; k += 16) {
+      const auto left = F::left_turned(x + k * T::kLdX + 16 * warp, T::kLdX);
+      multiply_columns<F, false>(y, left, tiles.P + k, T::kLdP, [&](int i) { return i >= k / 16; });
+#pragma unroll
+      for (int i = 0; i < 8; ++i)
+        y[k / 8 + i % 4 / 2][i / 4 * 2 + i % 2] += D[i / 4] * F::term(left, i / 4, i % 4);
+    }
+    if (a.z.view.data)
+#pragma unroll
+      for (int k = 0; k < kQ; k += 16) {
+        const auto z = F::left_turned(tiles.z + k * T::kLdX + 16 * warp, T::kLdX);
+#pragma unroll
+        for (int i = 0; i < 8; ++i)
+          y[k / 8 + i % 4 / 2][i / 4 * 2 + i % 2] *= silu(R(F::term(z, i / 4, i % 4)));
+      }
+    __syncwarp();
+#pragma unroll
+    for (int tile = 0; tile < kQ / 8; ++tile)
+#pragma unroll
+      for (int half = 0; half < 2; ++half)
+        F::store_turned(x + 8 * tile * T::kLdX + 16 * warp + 8 * half, T::kLdX, y[tile][2 * half],
+                        y[tile][2 * half + 1]);
+    __syncwarp();
+    const int64_t* stride = a.y.view.stride;
+    const int64_t offset =
+        row * stride[0] + chunk.begin * stride[1] + head * stride[2] + (first_p + 16 * warp) * stride[3];
+    const int left = channels - 16 * warp;
+    if (a.y.direct && left >= 16) {
+      constexpr int kVector = 16 / sizeof(E), kVectors = 16 / kVector;
+      for (int i = lane; i < chunk.tokens * kVectors; i += 32)
+        *reinterpret_cast<uint4*>(static_cast<E*>(a.y.view.data) + offset + i / kVectors * stride[1] +
+                                  i % kVectors * kVector) =
+            *reinterpret_cast<const uint4*>(x + i / kVectors * T::kLdX + 16 * warp + i % kVectors * kVector);
+    } else {
+      for (int i = lane; i < chunk.tokens * 16; i += 32)
+        if (i % 16 < left)
+          store_one(a.y.view, offset + i / 16 * stride[1] + i % 16 * stride[3],
+                    R(to_real(x[i / 16 * T::kLdX + 16 * warp + i % 16])));
+    }
+  }
+
+  __device__ void run() {
+    using WarpSteps = LaneSteps<R, kQ>;
+    Chunk chunk = chunk_from(cell_end);
+    if (chunk.tokens == 0) return;
+    load_BC(chunk);
+    load_channels(tiles.x[0], a.x, chunk);
+    commit_copies();
+    if (warp == 0) WarpSteps(a.p, row, chunk.begin, head, parameters, chunk.tokens).store(tiles.steps[0]);
+    for (int turn = 0; chunk.tokens; turn ^= 1) {
+      const Steps<R, kQ>& steps = tiles.steps[turn];
+      const Chunk next = chunk_from(chunk.begin + chunk.tokens);
+      wait_for_copies();
+      __syncthreads();
+      if (a.z.view.data) load_channels(tiles.z, a.z, chunk);
+      commit_copies();
+      if (next.tokens) load_channels(tiles.x[turn ^ 1], a.x, next);
+      commit_copies();
+      R dt[WarpSteps::kPerLane];
+      if (warp == 0) WarpSteps::load(dt, a.p, row, next.begin, head, next.tokens);
+      enter(chunk);
+      make_pairs(steps);
+      if (warp == 0)  // it has the fewest pairs
+        WarpSteps(dt, a.p.dims, parameters, next.tokens).store(tiles.steps[turn ^ 1]);
+      R y[kQ / 8][4] = {};
+      pass_state(tiles.x[turn], steps, y);
+      leave(chunk);
+      wait_for_copies<1>();  // z
+      __syncthreads();
+      if (next.tokens) load_BC(next);
+      commit_copies();
+      finish(tiles.x[turn], chunk, y);
+      chunk = next;
+    }
+  }
+
+  // What a pack with bad offsets gets.
+  __device__ void fill_nan() const {
+    const View& y = a.p.y;
+    const int64_t begin = piece * a.cells * a.q;
+    for (int64_t i = threadIdx.x; i < (piece_end - begin) * channels; i += T::kThreads)
+      store_one(y,
+                row * y.stride[0] + (begin + i / channels) * y.stride[1] + head * y.stride[2] +
+                    (first_p + i % channels) * y.stride[3],
+                R(NAN));
+    if (a.p.states_out && piece == 0)
+      for (int64_t k = 0; k < a.states; ++k)
+        for (int i = threadIdx.x; i < channels * a.p.dims.n; i += T::kThreads)
+          static_cast<R*>(a.p.states_out)[state_at(k) + i] = R(NAN);
+  }
+};
+
+template <class F, int kN>
+__global__ void __launch_bounds__(FwdTiles<F, kN>::kThreads, FwdTiles<F, kN>::kBlocks)
+    ssd_forward(const FwdArgs a) {
+  using T = FwdTiles<F, kN>;
+  extern __shared__ __align__(16) unsigned char memory[];
+  const SsdDims& dims = a.p.dims;
+  const int64_t slices = (dims.p + T::kP - 1) / T::kP;
+  int64_t id = blockIdx.x;
+  const int first_p = int(id % slices) * T::kP;
+  id /= slices;
+  const int64_t head = id % dims.h;
+  id /= dims.h;
+  Forward<F, kN> forward(a, *reinterpret_cast<T*>(memory), id % dims.b, head, id / dims.b, first_p);
+  if (is_invalid(a.seqs))
+    forward.fill_nan();
+  else
+    forward.run();
+}
+
+// The final states of rows or sequences without tokens.
+template <class R>
+__global__ void pass_all_states(const R* from, R* to, int64_t count, const Sequences seqs) {
+  for (int64_t i = int64_t(blockIdx.x) * blockDim.x + threadIdx.x; i < count;
+       i += int64_t(gridDim.x) * blockDim.x)
+    to[i] = is_invalid(seqs) ? R(NAN) : from ? from[i] : R(0);
+}
+
+// How a call is cut: pieces of a row, where whole rows are too few blocks to fill the GPU.
+struct FwdPlan {
+  int64_t q, cells, pieces;
+
+  template <class F, int kN>
+  static FwdPlan of(const SsdDims& dims) {
+    using T = FwdTiles<F, kN>;
+    constexpr int64_t kFewestTokens = 1024;  // of a piece: their states are run twice
+    int device = 0, processors = 0;
+    cudaGetDevice(&device);
+    cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device);
+    const int64_t q = std::min<int64_t>(dims.q, T::kQ), cells = ceil_div(dims.l, q);
+    const int64_t blocks = dims.b * dims.h * ceil_div(dims.p, T::kP);
+    const int64_t wanted = std::clamp<int64_t>(T::kBlocks * processors / std::max<int64_t>(blocks, 1), 1,
+                                               std::max<int64_t>(dims.l / kFewestTokens, 1));
+    const int64_t per_piece = ceil_div(cells, wanted);
+    return {q, per_piece, ceil_div(cells, std::max<int64_t>(per_piece, 1))};
+  }
+};
+
+// f.template operator()<F, kN>() for the types and widths of a call.
+template <class Function>
+auto by_kernel(const SsdFwd& p, Function f) {
+  return by_factors(p.x.dtype, [&]<class F>() {
+    return by_width(p.dims.n, [&]<int kN>() { return f.template operator()<F, kN>(); });
+  });
+}
+
+template <class F, int kN>
+const char* launch(const SsdFwd& p, const Sequences& seqs, int64_t states, void* workspace,
+                   cudaStream_t stream) {
+  using T = FwdTiles<F, kN>;
+  using R = typename F::Real;
+  const SsdDims& dims = p.dims;
+  const FwdPlan plan = FwdPlan::of<F, kN>(dims);
+  const std::initializer_list<int64_t> tokens = {dims.b, dims.l, dims.h, dims.p};
+  const FwdArgs a{.p = p,
+                  .seqs = seqs,
+                  .states = states,
+                  .x = rows_of<F>(p.x, tokens),
+                  .z = rows_of<F>(p.z, tokens),
+                  .y = rows_of<F>(p.y, tokens),
+                  .B = rows_of<F>(p.B, {dims.b, dims.l, dims.groups_B, dims.n}),
+                  .C = rows_of<F>(p.C, {dims.b, dims.l, dims.groups_C, dims.n}),
+                  .q = plan.q,
+                  .cells = plan.cells,
+                  .pieces = plan.pieces,
+                  .entering = workspace};
+  if (plan.pieces > 1) {
+    SsdBwd inner{};
+    inner.fwd = p;
+    const int64_t ends = dims.b * plan.pieces * dims.h * dims.p * ssd_padded_n(dims) * sizeof(R);
+    SsdPieces pieces{};
+    pieces.q = plan.q;
+    pieces.cells = plan.cells;
+    pieces.count = plan.pieces;
+    pieces.states[0] = workspace;
+    pieces.decays[0] = static_cast<char*>(workspace) + aligned(ends);
+    pieces.wide = true;
+    if (const char* error = ssd_states(inner, seqs, pieces, stream)) return error;
+  }
+  const int64_t blocks = plan.pieces * dims.b * dims.h * ceil_div(dims.p, T::kP);
+  if (blocks > INT_MAX) return "more blocks than one launch may have";
+  const int bytes = T::bytes(bool(p.z));
+  if (const char* error = allow_shared(ssd_forward<F, kN>, bytes)) return error;
+  ssd_forward<F, kN><<<unsigned(blocks), T::kThreads, bytes, stream>>>(a);
+  return launch_error();
+}
+
+}  // namespace
+
+}  // namespace gpu
+
+int64_t ssd_fwd_portable_workspace(const SsdFwd& p, const Sequences&, int64_t) {
+  using namespace gpu;
+  return by_kernel(p, [&]<class F, int kN>() -> int64_t {
+    const FwdPlan plan = FwdPlan::of<F, kN>(p.dims);
+    if (plan.pieces <= 1) return 0;
+    const int64_t heads = p.dims.b * plan.pieces * p.dims.h, real = sizeof(typename F::Real);
+    return aligned(heads * p.dims.p * ssd_padded_n(p.dims) * real) + aligned(heads * real);
+  });
+}
+
+const char* ssd_fwd_portable(const SsdFwd& p, const Sequences& seqs, int64_t states, void* workspace,
+                             void* cuda_stream) {
+  using namespace gpu;
+  const SsdDims& dims = p.dims;
+  const cudaStream_t stream = static_cast<cudaStream_t>(cuda_stream);
+  if (dims.b * dims.l * dims.h > 0)
+    return by_kernel(p, [&]<class F, int kN>() { return launch<F, kN>(p, seqs, states, workspace, stream); });
+  const int64_t count = states * dims.h * dims.p * dims.n;
+  if (!p.states_out || count == 0) return nullptr;
+  return by_factors(p.x.dtype, [&]<class F>() {
+    using R = typename F::Real;
+    pass_all_states<R><<<256, 256, 0, stream>>>(static_cast<const R*>(p.states_in),
+                                                static_cast<R*>(p.states_out), count, seqs);
+    return launch_error();
+  });
 }
 
 }  // namespace mamba_ops

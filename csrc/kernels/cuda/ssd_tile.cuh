@@ -1,0 +1,277 @@
+// Between tensors and what the portable kernels of the SSD compute on: tiles of factors in shared memory, the
+// steps of a chunk, states in registers.
+#pragma once
+#include <climits>
+#include <cstddef>
+#include <initializer_list>
+
+#include "kernels/cuda/factors.cuh"
+#include "kernels/cuda/ssd_steps.cuh"
+
+namespace mamba_ops::gpu {
+
+// ---- Tiles
+
+// A tensor whose last dim may be copied 16 bytes at a time: dtype of the factors, unit stride, aligned.
+struct Rows {
+  View view;
+  bool direct;
+};
+
+template <class F>
+Rows rows_of(const View& v, std::initializer_list<int64_t> sizes) {
+  constexpr int64_t kVector = 16 / sizeof(typename F::Element);
+  const int last = int(sizes.size()) - 1;
+  bool direct = v.dtype == F::kType && reinterpret_cast<uintptr_t>(v.data) % 16 == 0 && v.stride[last] == 1;
+  for (int i = 0; i < last; ++i) direct &= sizes.begin()[i] == 1 || v.stride[i] % kVector == 0;
+  return {v, direct};
+}
+
+// Rows [0, rows) and columns [0, columns) of what lies at `offset`, zeros beyond, into a (kRows, kColumns)
+// tile. For other threads to see after wait_for_copies() and a barrier.
+template <class F, int kRows, int kColumns, int kThreads>
+__device__ inline void load_tile(typename F::Element* tile, int ld, const Rows& from, int64_t offset,
+                                 int64_t row_stride, int64_t column_stride, int rows, int columns) {
+  using E = typename F::Element;
+  if (from.direct) {
+    constexpr int kVector = 16 / sizeof(E), kVectors = kColumns / kVector;
+    constexpr int kAcross = kVectors < kThreads ? kVectors : kThreads, kDown = kThreads / kAcross;
+    for (int column = threadIdx.x % kAcross * kVector; column < kColumns; column += kAcross * kVector) {
+      const int bytes = min(max(columns - column, 0), kVector) * int(sizeof(E));
+      int row = threadIdx.x / kAcross;
+      const E* data =
+          static_cast<const E*>(from.view.data) + offset + (bytes ? row * row_stride + column : 0);
+      E* to = tile + row * ld + column;
+#pragma unroll 2
+      for (; row < kRows; row += kDown, data += kDown * row_stride, to += kDown * ld)
+        copy_async(to, data, row < rows ? bytes : 0);
+    }
+    return;
+  }
+  const auto convert = [&]<class T>() {
+    constexpr int kBatch = 8;  // loads in flight
+    const T* data = static_cast<const T*>(from.view.data) + offset;
+    for (int first = threadIdx.x; first < kRows * kColumns; first += kBatch * kThreads) {
+      T v[kBatch];
+#pragma unroll
+      for (int k = 0; k < kBatch; ++k) {
+        const int i = first + k * kThreads, row = i / kColumns, column = i % kColumns;
+        v[k] = row < rows && column < columns ? data[row * row_stride + column * column_stride] : T{};
+      }
+#pragma unroll
+      for (int k = 0; k < kBatch; ++k) {
+        const int i = first + k * kThreads;
+        if (i < kRows * kColumns)
+          tile[i / kColumns * ld + i % kColumns] = from_real<E>(typename F::Real(to_real(v[k])));
+      }
+    }
+  };
+  if (from.view.dtype == F::kType)
+    convert.template operator()<E>();
+  else
+    convert.template operator()<typename F::Other>();
+}
+
+// Tokens from t on of one head or group: (b, l, heads or groups, columns).
+template <class F, int kRows, int kColumns, int kThreads>
+__device__ inline void load_tokens(typename F::Element* tile, int ld, const Rows& from, int64_t row,
+                                   int64_t t, int64_t which, int first_column, int tokens, int columns) {
+  const int64_t* stride = from.view.stride;
+  load_tile<F, kRows, kColumns, kThreads>(
+      tile, ld, from, row * stride[0] + t * stride[1] + which * stride[2] + first_column * stride[3],
+      stride[1], stride[3], tokens, columns);
+}
+
+// Tokens of a cell of the states that lie in memory, at most; a forward's are no longer.
+template <class F, int kN>
+inline constexpr int kCellTokens = (kN <= 128 ? 64 : 32) * 4 / (sizeof(typename F::Element) == 8 ? 8 : 4);
+template <int kN>
+inline constexpr int kCellTokens<Bf16, kN> = 64;
+
+// Two neighbouring values of a row of which `left` are left.
+template <class F>
+__device__ inline void store_two(const Rows& to, int64_t offset, int64_t stride, typename F::Real first,
+                                 typename F::Real second, int left) {
+  if (to.direct && left >= 2) {
+    F::store_pair(static_cast<typename F::Element*>(to.view.data) + offset, first, second);
+    return;
+  }
+  if (left >= 1) store_one(to.view, offset, first);
+  if (left >= 2) store_one(to.view, offset + stride, second);
+}
+
+// ---- Steps of a chunk
+
+template <class R, int kQ>
+struct alignas(16) Steps {
+  R raw[kQ], delta[kQ];  // delta: 0 past the end
+  R s[kQ];               // constant past the end
+  R from_start[kQ];      // 2^s_i
+  R to_end[kQ];          // 2^(T - s_j)
+  R weight[kQ];          // 2^(T - s_j) delta_j
+  R total, decay;        // T, 2^T
+};
+
+template <class R>
+struct HeadParameters {
+  R rate, bias;  // A log2(e)
+
+  __device__ HeadParameters(const SsdFwd& p, int64_t head)
+      : rate(load_one<R>(p.A, head * p.A.stride[0]) * R(kLog2e)),
+        bias(p.dt_bias.data ? load_one<R>(p.dt_bias, head * p.dt_bias.stride[0]) : R(0)) {}
+};
+
+// The steps of a chunk in one warp, kPerLane tokens to a lane: 0 past the end, where s stays the total. s is
+// summed in double: a decay is as exact as the difference of two s.
+template <class R, int kQ>
+struct LaneSteps {
+  static constexpr int kPerLane = (kQ + 31) / 32;
+  Step<R> step[kPerLane];
+  R s[kPerLane], total;
+
+  __device__ LaneSteps(const SsdFwd& p, int64_t row, int64_t t, int64_t head,
+                       const HeadParameters<R>& parameters, int tokens) {
+    R dt[kPerLane];
+    load(dt, p, row, t, head, tokens);
+    make(dt, p.dims, parameters, tokens);
+  }
+  __device__ LaneSteps(const R (&dt)[kPerLane], const SsdDims& dims, const HeadParameters<R>& parameters,
+                       int tokens) {
+    make(dt, dims, parameters, tokens);
+  }
+
+  __device__ static void load(R (&dt)[kPerLane], const SsdFwd& p, int64_t row, int64_t t, int64_t head,
+                              int tokens) {
+#pragma unroll
+    for (int k = 0; k < kPerLane; ++k) {
+      const int i = threadIdx.x % 32 * kPerLane + k;
+      dt[k] = i < tokens
+                  ? load_one<R>(p.dt, row * p.dt.stride[0] + (t + i) * p.dt.stride[1] + head * p.dt.stride[2])
+                  : R(0);
+    }
+  }
+  __device__ void store(Steps<R, kQ>& steps) const {
+#pragma unroll
+    for (int k = 0; k < kPerLane; ++k) {
+      const int i = threadIdx.x % 32 * kPerLane + k;
+      if (i >= kQ) continue;
+      const R to_end = exp2_of(total - s[k]);
+      steps.raw[i] = step[k].raw;
+      steps.delta[i] = step[k].delta;
+      steps.s[i] = s[k];
+      steps.from_start[i] = exp2_of(s[k]);
+      steps.to_end[i] = to_end;
+      steps.weight[i] = to_end * step[k].delta;
+    }
+    if (threadIdx.x % 32 == 0) {
+      steps.total = total;
+      steps.decay = exp2_of(total);
+    }
+  }
+
+ private:
+  __device__ void make(const R (&dt)[kPerLane], const SsdDims& dims, const HeadParameters<R>& head,
+                       int tokens) {
+    double sum = 0;
+#pragma unroll
+    for (int k = 0; k < kPerLane; ++k) {
+      step[k] = make_step(dt[k], head.bias, dims);
+      if (int(threadIdx.x % 32) * kPerLane + k >= tokens) step[k].delta = 0;
+      sum += double(step[k].delta) * head.rate;
+    }
+    double before = inclusive_sum(sum);
+    total = R(__shfl_sync(kAllLanes, before, 31));
+    before -= sum;
+#pragma unroll
+    for (int k = 0; k < kPerLane; ++k) s[k] = R(before += double(step[k].delta) * head.rate);
+  }
+};
+
+// ---- States in registers: sums of 16 rows (of p) by 8 kTiles columns (of n)
+
+// f(sum, row, column) for the values within (rows, columns) of the 16 x 8 kTiles that begin at (0, 0).
+template <int kTiles, class R, class F>
+__device__ inline void for_state(R (&sums)[kTiles][4], int64_t rows, int64_t columns, F f) {
+  const int r = threadIdx.x % 32 / 4, q = threadIdx.x % 4;
+#pragma unroll
+  for (int i = 0; i < kTiles; ++i)
+#pragma unroll
+    for (int k = 0; k < 4; ++k) {
+      const int row = r + k / 2 * 8, column = 8 * i + 2 * q + k % 2;
+      if (row < rows && column < columns) f(sums[i][k], row, column);
+    }
+}
+// From rows of `ld` values at `from`, zeros beyond; null: zeros.
+template <int kTiles, class R>
+__device__ inline void load_state(R (&sums)[kTiles][4], const R* from, int64_t ld, int64_t rows,
+                                  int64_t columns) {
+#pragma unroll
+  for (int i = 0; i < kTiles; ++i)
+#pragma unroll
+    for (int k = 0; k < 4; ++k) sums[i][k] = 0;
+  if (from) for_state(sums, rows, columns, [&](R& v, int row, int column) { v = from[row * ld + column]; });
+}
+template <class S, int kTiles, class R>
+__device__ inline void store_state(S* to, int64_t ld, R (&sums)[kTiles][4], int64_t rows, int64_t columns) {
+  for_state(sums, rows, columns, [&](R v, int row, int column) { to[row * ld + column] = from_real<S>(v); });
+}
+// The same with an even `ld`, rows aligned to pairs.
+template <class F, int kTiles>
+__device__ inline void store_state_pairs(typename F::Element* to, int64_t ld,
+                                         const typename F::Real (&sums)[kTiles][4], int64_t rows,
+                                         int64_t columns) {
+  const int r = threadIdx.x % 32 / 4, q = threadIdx.x % 4;
+#pragma unroll
+  for (int half = 0; half < 2; ++half)
+#pragma unroll
+    for (int i = 0; i < kTiles; ++i)
+      if (r + 8 * half < rows && 8 * i + 2 * q < columns)
+        F::store_pair(to + (r + 8 * half) * ld + 8 * i + 2 * q, sums[i][2 * half], sums[i][2 * half + 1]);
+}
+
+template <int kTiles, class R>
+__device__ inline void scale(R (&sums)[kTiles][4], R factor) {
+#pragma unroll
+  for (int i = 0; i < kTiles; ++i)
+#pragma unroll
+    for (int k = 0; k < 4; ++k) sums[i][k] *= factor;
+}
+
+// ---- Host
+
+// f.template operator()<F>() with the type of the factors for x's type: float16 as float32, for its range.
+template <class Function>
+auto by_factors(DType x, Function f) {
+  switch (x) {
+    case DType::bf16:
+      return f.template operator()<Bf16>();
+    case DType::f64:
+      return f.template operator()<Float64>();
+    default:
+      return f.template operator()<Float32>();
+  }
+}
+
+// f.template operator()<kN>() with the width of the tiles that hold n columns.
+template <class Function>
+auto by_width(int64_t n, Function f) {
+  return n <= 64    ? f.template operator()<64>()
+         : n <= 128 ? f.template operator()<128>()
+                    : f.template operator()<256>();
+}
+
+inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+inline int64_t aligned(int64_t bytes) { return ceil_div(bytes, 256) * 256; }
+
+// Lets a kernel use so much dynamic shared memory, where the device has it.
+template <class Kernel>
+const char* allow_shared(Kernel kernel, int bytes) {
+  int device = 0, most = 0;
+  cudaGetDevice(&device);
+  cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
+  if (bytes > most) return "these sizes need more shared memory than a block has on this GPU";
+  cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
+  return launch_error();
+}
+
+}  // namespace mamba_ops::gpu
