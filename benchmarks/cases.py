@@ -41,6 +41,7 @@ COMPILED = "paper's listing, compiled"
 SHARED = "paper's listing, one C B per group, compiled"
 
 LENGTHS = (256, 512, 1024, 2048, 4096, 8192, 16384)
+GPU_LENGTHS = tuple(512 * 4**k for k in range(5)) + (1 << 20,)
 
 
 @dataclass(frozen=True)
@@ -109,7 +110,7 @@ def scan(
     else:
         peers = [recurrence, peer(MAMBAPY, baselines.scan_mambapy, direction, longest=8192)]
     if series:
-        peers.append(attention(l, device, dtype))
+        peers.append(attention(l, device, dtype, direction))
     return Case(
         f"selective_scan/{direction}/{_short(dtype)}{tag}",
         f"selective_scan b{b} d{d} l{l} n{n} {_short(dtype)}{_layout(layout)}, {_words(direction)}",
@@ -136,13 +137,16 @@ def ssd(
     dtype: torch.dtype = torch.float32,
     *,
     device: str = "cpu",
+    groups: int = 1,
+    gate: bool = False,
+    path: str = "auto",
     compile_peers: bool = True,
     tag: str = "",
     series: bool = False,
     must: Must | None = None,
     goal_ms: float | None = None,
 ) -> Case:
-    """The chunked SSD with D, dt_bias and softplus, one group."""
+    """The chunked SSD with D, dt_bias and softplus; `path`: the CUDA kernels that ours may take."""
     listing = peer(LISTING, baselines.ssd_listing, direction)
     shared = partial(baselines.ssd_listing, share_groups=True)
     if device == "cuda":
@@ -161,18 +165,21 @@ def ssd(
     else:
         peers = [listing]
     if series:
-        peers.append(attention(l, device, dtype))
+        peers.append(attention(l, device, dtype, direction))
+    options = (*SSD_OPTIONS, "z") if gate else SSD_OPTIONS
+    kind = {"dtype": dtype, "device": device, "groups": (groups, groups)}
+    words = (f" g{groups}" if groups > 1 else "") + (" z" if gate else "")
     return Case(
         f"ssd/{direction}/{_short(dtype)}{tag}",
-        f"ssd b{b} l{l} h{h} p{p} n{n} {_short(dtype)}, {_words(direction)}",
-        partial(make.ssd, b, l, h, p, n, options=SSD_OPTIONS, dtype=dtype, device=device),
-        (operator("ssd", direction), *peers),
+        f"ssd b{b} l{l} h{h} p{p} n{n}{words} {_short(dtype)}, {_words(direction)}",
+        partial(make.ssd, b, l, h, p, n, options=options, **kind),
+        (operator("ssd", direction, path), *peers),
         listing,
         dtype,
         must,
         goal_ms,
-        {"x": 1, "dt": 1, "B": 1, "C": 1, "y": 1},
-        ("ssd", l) if series else None,
+        {"x": 1, "dt": 1, "B": 1, "C": 1, "z": 1, "y": 1},
+        ("ssd" + ("" if direction == "forward" else ", " + _words(direction)), l) if series else None,
     )
 
 
@@ -284,6 +291,33 @@ def cuda_cases() -> Iterator[Case]:
     yield norm(16384, 5120, "both", torch.bfloat16, device="cuda", must=Must("share", 1.25, COPY))
     yield ssd_update(128, 80, 64, 128, must=Must("ms", 0.175, "H200"), goal_ms=0.165)
     yield ssd_update(1, 80, 64, 128, must=Must("ms", 0.006, "H200"))
+    yield from _gpu_ssd_cases()
+
+
+def _gpu_ssd_cases() -> Iterator[Case]:
+    large, small = (4, 4096, 80, 64, 128), (8, 2048, 24, 64, 128)
+    long, grouped = (1, 65536, 128, 64, 128), (2, 8192, 128, 64, 128)
+    rows: tuple[tuple[tuple[int, int, int, int, int], str, dict[str, Any], tuple[float, ...]], ...] = (
+        # sizes, tag, options; must and goal forward, must and goal forward and backward, in ms on an H200
+        (large, "", {}, (0.15, 0.11, 0.95, 0.65)),
+        (large, "/gate", {"gate": True}, (0.19, 0.15)),
+        (small, "/h24", {}, (0.06, 0.045, 0.40, 0.25)),
+        (long, "/length-65536-h128", {}, (1.15, 0.9, 6.5, 4.2)),
+        (grouped, "/g8", {"groups": 8}, (0.26, 0.18, 1.6, 1.05)),
+        ((4, 4096, 80, 64, 64), "/n64", {}, (0.125, 0.09)),
+        (large, "/portable", {"path": "portable"}, (0.60, 0.40, 3.2, 2.0)),
+        (large, "", {"dtype": torch.float32}, (8 * 0.15, 8 * 0.11, 8 * 0.95, 8 * 0.65)),
+    )
+    for sizes, tag, options, ms in rows:
+        directions: tuple[Direction, ...] = ("forward", "both")
+        for direction, must, goal in zip(directions, ms[::2], ms[1::2], strict=False):
+            given = {"dtype": torch.bfloat16, **options}
+            demand = Must("ms", must, "H200")
+            yield ssd(*sizes, direction, device="cuda", tag=tag, must=demand, goal_ms=goal, **given)
+    for l in GPU_LENGTHS:
+        for direction in ("forward", "both"):
+            tag = f"/length-{l}"
+            yield ssd(1, l, 32, 64, 128, direction, torch.bfloat16, device="cuda", tag=tag, series=True)
 
 
 def quick_cases() -> Iterator[Case]:

@@ -55,13 +55,23 @@ def compiled(
     return Contender(name, prepare, longest)
 
 
-def operator(name: str, direction: Direction) -> Contender:
-    """The operator of this package."""
+def operator(name: str, direction: Direction, path: str = "auto") -> Contender:
+    """The operator of this package; `path`: the CUDA kernels that it may take."""
 
     def prepare(inputs: Inputs) -> Run:
         import mamba_ops
+        from mamba_ops import _C
 
-        return peer(OURS, getattr(mamba_ops, name), direction).prepare(inputs)
+        call = peer(OURS, getattr(mamba_ops, name), direction).prepare(inputs)
+
+        def run() -> Results:
+            _C.set_cuda_path(path)
+            try:
+                return call()
+            finally:
+                _C.set_cuda_path("auto")
+
+        return call if path == "auto" else run
 
     return Contender(OURS, prepare)
 
@@ -94,16 +104,20 @@ def update(name: str, call: Callable[..., Tensor] | None = None) -> Contender:
     return Contender(OURS if call is None else name, prepare)
 
 
-def attention(l: int, device: str, dtype: torch.dtype) -> Contender:
+def attention(l: int, device: str, dtype: torch.dtype, direction: Direction) -> Contender:
     """Causal attention with as many channels as a layer has, for the pictures; there is nothing to check."""
     h, p, longest = (24, 64, 8192) if device == "cpu" else (16, 128, 131072)
 
     def prepare(inputs: Inputs) -> Run:
-        q, k, v = (torch.randn(1, h, l, p, dtype=dtype, device=device) for _ in range(3))
+        training = direction == "both"
+        q, k, v = (torch.randn(1, h, l, p, dtype=dtype, device=device, requires_grad=training) for _ in "qkv")
+        weights = torch.ones_like(q)
 
         def run() -> Results:
-            with torch.no_grad():
-                baselines.attention(q, k, v)
+            with torch.set_grad_enabled(training):
+                out = baselines.attention(q, k, v)
+            if training:
+                torch.autograd.grad(out, (q, k, v), weights)
             return {}
 
         return run
