@@ -1,16 +1,20 @@
-// Between storage and arithmetic: conversions, and groups of neighbouring values moved in one access where
-// they align.
+// Between storage and arithmetic: conversions, groups of neighbouring values moved in one access where they
+// align, and the functions that the kernels share.
 #pragma once
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 
 #include <algorithm>
+#include <cmath>
 #include <initializer_list>
 #include <type_traits>
 
 #include "kernels/view.h"
 
 namespace mamba_ops::gpu {
+
+inline constexpr unsigned kAllLanes = 0xffffffff;
+inline constexpr double kLog2e = 1.4426950408889634;
 
 // The type of the arithmetic for a storage type.
 template <class T>
@@ -167,6 +171,13 @@ inline bool packs_align(const View& v, int dim, std::initializer_list<int64_t> s
   }
   return ok;
 }
+
+__device__ inline float exp2_of(float v) {
+  float result;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(result) : "f"(v));
+  return result;
+}
+__device__ inline double exp2_of(double v) { return exp2(v); }
 
 // The logistic function, within a few last bits of float; saturates without overflow. Four instructions: in
 // float the compiler would guard exp and division against subnormal numbers.

@@ -51,4 +51,14 @@ __device__ inline int64_t state_row(const Sequences& seqs, int64_t row, int64_t 
   return begin == 0 ? row : -1;
 }
 
+// Whether a run begins at token t, or the row has ended before it.
+__device__ inline bool is_edge(const Sequences& seqs, int64_t row, int64_t t, int64_t l) {
+  return t == 0 || t == l || begins(seqs, row, t);
+}
+// The row of the states that leave the run which ends before `end`, or -1.
+__device__ inline int64_t state_row_out(const Sequences& seqs, int64_t row, int64_t end, int64_t l) {
+  if (seqs.cu_seqlens.data) return index_at(seqs.id, (end - 1) * seqs.id.stride[1]);
+  return end == l ? row : -1;
+}
+
 }  // namespace mamba_ops::gpu

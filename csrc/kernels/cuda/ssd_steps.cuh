@@ -5,22 +5,10 @@
 // s is kept in units of log2, so that decays are powers of two. A chunk is a stretch of tokens of one cell
 // (tokens [k q, (k + 1) q) of a row) with nothing of another run in it: runs end chunks, whole cells else.
 #pragma once
-#include <cmath>
-
 #include "kernels/cuda/sequences.cuh"
 #include "kernels/ssd.h"
 
 namespace mamba_ops::gpu {
-
-inline constexpr unsigned kAllLanes = 0xffffffff;
-inline constexpr double kLog2e = 1.4426950408889634;
-
-__device__ inline float exp2_of(float v) {
-  float result;
-  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(result) : "f"(v));
-  return result;
-}
-__device__ inline double exp2_of(double v) { return exp2(v); }
 
 template <class R>
 struct Step {
@@ -79,16 +67,6 @@ __device__ inline int64_t last_start(const Sequences& seqs, int64_t row, int64_t
     if (starts) return t - 1 - __clz(starts);
   }
   return begin;
-}
-
-// Whether a run begins at token t, or the row has ended before it.
-__device__ inline bool is_edge(const Sequences& seqs, int64_t row, int64_t t, int64_t l) {
-  return t == 0 || t == l || begins(seqs, row, t);
-}
-// The row of the states that leave the run which ends before `end`, or -1.
-__device__ inline int64_t state_row_out(const Sequences& seqs, int64_t row, int64_t end, int64_t l) {
-  if (seqs.cu_seqlens.data) return index_at(seqs.id, (end - 1) * seqs.id.stride[1]);
-  return end == l ? row : -1;
 }
 
 }  // namespace mamba_ops::gpu
