@@ -125,7 +125,8 @@ Plan plan(const std::string& op, const std::string& device, const std::string& d
     if (op == "ssd")
       describe_cuda(plan, ssd, dtype_of(dtype));
     else
-      plan["kernel"] = op != "selective_scan" ? "cuda" : "none: " + op + " has no CUDA kernel in this version";
+      plan["kernel"] = op == "selective_scan" ? "cuda portable" : "cuda";
+    if (op == "selective_scan") plan["checkpoint"] = std::to_string(kScanCheckpointCuda);
 #else
     plan["kernel"] = std::string("none: built without CUDA (") + MAMBA_OPS_CUDA_VERSION + ")";
 #endif

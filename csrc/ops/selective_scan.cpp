@@ -2,8 +2,13 @@
 
 #include <algorithm>
 
+#include "ops/cuda.h"
 #include "ops/dispatch.h"
 #include "ops/ops.h"
+
+#ifdef USE_CUDA
+#include "kernels/cuda/selective_scan.h"
+#endif
 
 namespace mamba_ops {
 
@@ -47,7 +52,8 @@ struct ScanCall {
                    .complex = complex,
                    .softplus = softplus,
                    .constant_B = B.dim() == 2,
-                   .constant_C = C.dim() == 2};
+                   .constant_C = C.dim() == 2,
+                   .checkpoint = check.cuda() ? kScanCheckpointCuda : kScanCheckpoint};
     for (const auto& [name, factor, groups] :
          {std::tuple("B", &B, &params.dims.groups_B), std::tuple("C", &C, &params.dims.groups_C)}) {
       check.device(name, *factor);
@@ -79,8 +85,7 @@ struct ScanCall {
     params.C = view(C);
     params.D = view(D);
     params.delta_bias = view(delta_bias);
-    if (check.cuda()) no_cuda_kernel(op);
-
+    if (check.cuda()) return;
     segments.emplace(sequences(check, b, l, seq_idx, cu_seqlens), params.dims);
     params.pieces = segments->list().view();
   }
@@ -166,8 +171,58 @@ void backward(const ScanCall& call, ScanBwd params, const Tensor& u) {
 
 Tensor checkpoint_rows(const ScanCall& call, const Tensor& u) {
   const ScanDims& dims = call.params.dims;
-  return empty({dims.b, dims.l / kScanCheckpoint, dims.parts(), dims.n, dims.d}, call.arithmetic, u);
+  return empty({dims.b, dims.l / dims.checkpoint, dims.parts(), dims.n, dims.d}, call.arithmetic, u);
 }
+
+void forward_cpu(const ScanCall& call, const ScanFwd& params, const Tensor& u) {
+  by_arithmetic(call.type, [&]<class R>() { forward<R>(call, params, u); });
+}
+
+void backward_cpu(const ScanCall& call, ScanBwd& params, const Tensor& u) {
+  const ScanDims& dims = call.params.dims;
+  by_arithmetic(call.type, [&]<class R>() {
+    const Kernels<R>& k = cpu().kernels<R>();
+    const int64_t groups = params.fwd.pieces.groups, kinds = 1 + dims.constant_B + dims.constant_C;
+    const Tensor partial_A =
+        empty({groups, kinds * dims.parts() * dims.n, padded(dims.d)}, call.arithmetic, u);
+    const Tensor partial_d = empty({groups, 2, padded(dims.d)}, call.arithmetic, u);
+    const bool per_step = !dims.constant_B || !dims.constant_C;
+    const Tensor partial_BC =
+        empty({per_step ? dims.channel_blocks() : 0, dims.b, dims.l, 2 * dims.parts() * padded(dims.n)},
+              call.arithmetic, u);
+    params.partial_A = partial_A.data_ptr();
+    params.partial_d = partial_d.data_ptr();
+    params.partial_BC = partial_BC.data_ptr();
+    backward<R>(call, params, u);
+    for_units(dims.reduce_units(), 0,
+              [&](int64_t begin, int64_t end, void*) { k.selective_scan_reduce(params, begin, end); });
+  });
+}
+
+#ifdef USE_CUDA
+void forward_cuda(const ScanCall& call, const ScanFwd& params, const Tensor& u, const OptTensor& seq_idx,
+                  const OptTensor& cu_seqlens) {
+  CudaCall cuda(call.check.op(), u);
+  const Sequences seqs = cuda.sequences(params.dims.l, seq_idx, cu_seqlens);
+  const Tensor workspace = empty({selective_scan_fwd_portable_workspace(params)}, ScalarType::Byte, u);
+  cuda.launched(selective_scan_fwd_portable(params, seqs, call.states, workspace.data_ptr(), cuda.stream()));
+}
+
+void backward_cuda(const ScanCall& call, const ScanBwd& params, const Tensor& u, const OptTensor& seq_idx,
+                   const OptTensor& cu_seqlens) {
+  CudaCall cuda(call.check.op(), u);
+  const Sequences seqs = cuda.sequences(params.fwd.dims.l, seq_idx, cu_seqlens);
+  const Tensor workspace = empty({selective_scan_bwd_portable_workspace(params)}, ScalarType::Byte, u);
+  cuda.launched(selective_scan_bwd_portable(params, seqs, call.states, workspace.data_ptr(), cuda.stream()));
+}
+#else
+void forward_cuda(const ScanCall& call, const ScanFwd&, const Tensor&, const OptTensor&, const OptTensor&) {
+  no_cuda_kernel(call.check.op());
+}
+void backward_cuda(const ScanCall& call, const ScanBwd&, const Tensor&, const OptTensor&, const OptTensor&) {
+  no_cuda_kernel(call.check.op());
+}
+#endif
 
 }  // namespace
 
@@ -189,7 +244,10 @@ std::tuple<Tensor, Tensor, Tensor> selective_scan_fwd(Tensor u, Tensor delta, Te
   params.states_in = initial_state ? initial_state->data_ptr() : nullptr;
   params.states_out = return_final_state ? final_state.data_ptr() : nullptr;
   params.checkpoints = save_checkpoints ? checkpoints.data_ptr() : nullptr;
-  by_arithmetic(call.type, [&]<class R>() { forward<R>(call, params, u); });
+  if (call.check.cuda())
+    forward_cuda(call, params, u, seq_idx, cu_seqlens);
+  else
+    forward_cpu(call, params, u);
   return {y, final_state, checkpoints};
 }
 
@@ -216,15 +274,22 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tenso
   ScanBwd params{};
   params.fwd = call.params;
   params.fwd.states_in = initial_state ? initial_state->data_ptr() : nullptr;
-  if (dims.l / kScanCheckpoint > 0 &&
-      checkpoints.numel() == 0) {  // the forward was not told that there would be a backward
+  if (checkpoints.numel() == 0) {  // the forward was not told that there would be a backward
     checkpoints = checkpoint_rows(call, u);
-    ScanFwd again = params.fwd;
-    again.checkpoints = checkpoints.data_ptr();
-    Tensor y = torch::stable::empty_like(u);
-    again.y = view(y);
-    by_arithmetic(call.type, [&]<class R>() { forward<R>(call, again, u); });
+    if (checkpoints.numel() > 0) {
+      Tensor y = torch::stable::empty_like(u);
+      ScanFwd again = params.fwd;
+      again.checkpoints = checkpoints.data_ptr();
+      again.y = view(y);
+      if (call.check.cuda())
+        forward_cuda(call, again, u, seq_idx, cu_seqlens);
+      else
+        forward_cpu(call, again, u);
+    }
   }
+  call.check.all("checkpoints", checkpoints, "(b, l / checkpoint, parts, n, d)",
+                 {dims.b, dims.l / dims.checkpoint, dims.parts(), dims.n, dims.d}, {call.arithmetic});
+  checkpoints = torch::stable::contiguous(checkpoints);
   params.fwd.checkpoints = checkpoints.data_ptr();
   params.dy = view(dy);
   params.du = view(du);
@@ -237,23 +302,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tenso
   params.ddelta_bias = delta_bias ? view(dbias) : View{};
   params.dstates_out = dfinal_state ? dfinal_state->data_ptr() : nullptr;
   params.dstates_in = initial_state ? dinitial.data_ptr() : nullptr;
-  by_arithmetic(call.type, [&]<class R>() {
-    const Kernels<R>& k = cpu().kernels<R>();
-    const int64_t groups = params.fwd.pieces.groups, kinds = 1 + dims.constant_B + dims.constant_C;
-    const Tensor partial_A =
-        empty({groups, kinds * dims.parts() * dims.n, padded(dims.d)}, call.arithmetic, u);
-    const Tensor partial_d = empty({groups, 2, padded(dims.d)}, call.arithmetic, u);
-    const bool per_step = !dims.constant_B || !dims.constant_C;
-    const Tensor partial_BC =
-        empty({per_step ? dims.channel_blocks() : 0, dims.b, dims.l, 2 * dims.parts() * padded(dims.n)},
-              call.arithmetic, u);
-    params.partial_A = partial_A.data_ptr();
-    params.partial_d = partial_d.data_ptr();
-    params.partial_BC = partial_BC.data_ptr();
-    backward<R>(call, params, u);
-    for_units(dims.reduce_units(), 0,
-              [&](int64_t begin, int64_t end, void*) { k.selective_scan_reduce(params, begin, end); });
-  });
+  if (call.check.cuda())
+    backward_cuda(call, params, u, seq_idx, cu_seqlens);
+  else
+    backward_cpu(call, params, u);
   return {du, ddelta, dA, dB, dC, dD, dz, dbias, dinitial};
 }
 
