@@ -42,6 +42,7 @@ SHARED = "paper's listing, one C B per group, compiled"
 
 LENGTHS = (256, 512, 1024, 2048, 4096, 8192, 16384)
 GPU_LENGTHS = tuple(512 * 4**k for k in range(5)) + (1 << 20,)
+DRAWN_TOKENS = 16384  # longer inputs of a scan repeat them: they are drawn in float64 on the CPU
 
 
 @dataclass(frozen=True)
@@ -111,18 +112,21 @@ def scan(
         peers = [recurrence, peer(MAMBAPY, baselines.scan_mambapy, direction, longest=8192)]
     if series:
         peers.append(attention(l, device, dtype, direction))
+    time = {"u": 2, "delta": 2, "z": 2, "B": 2, "C": 2, "y": 2}
+    drawn = min(l, DRAWN_TOKENS)
+    draw = partial(
+        make.selective_scan, b, d, drawn, n, options=SCAN_OPTIONS, dtype=dtype, layout=layout, device=device
+    )
     return Case(
         f"selective_scan/{direction}/{_short(dtype)}{tag}",
         f"selective_scan b{b} d{d} l{l} n{n} {_short(dtype)}{_layout(layout)}, {_words(direction)}",
-        partial(
-            make.selective_scan, b, d, l, n, options=SCAN_OPTIONS, dtype=dtype, layout=layout, device=device
-        ),
+        draw if drawn == l else partial(_repeated, draw, l // drawn, time),
         (operator("selective_scan", direction), *peers),
         recurrence,
         dtype,
         must,
         goal_ms,
-        {"u": 2, "delta": 2, "z": 2, "B": 2, "C": 2, "y": 2},
+        time,
         ("selective_scan", l) if series else None,
     )
 
@@ -284,6 +288,27 @@ def cuda_cases() -> Iterator[Case]:
     def gpu_conv(direction: Direction, **options: Any) -> Case:
         return conv(4, 5376, 4096, direction, torch.bfloat16, device="cuda", **options)
 
+    def gpu_scan(
+        sizes: tuple[int, int, int],
+        direction: Direction,
+        must_ms: float,
+        goal_ms: float,
+        dtype: torch.dtype = torch.bfloat16,
+        layout: str = "transposed",
+        tag: str = "",
+    ) -> Case:
+        b, d, l = sizes
+        return scan(
+            *(b, d, l, 16),
+            direction,
+            dtype,
+            device="cuda",
+            layout=layout,
+            tag=f"/b{b}-d{d}-l{l}{tag}",
+            must=Must("ms", must_ms, "H200"),
+            goal_ms=goal_ms,
+        )
+
     yield gpu_conv("forward", must=Must("ms", 0.105, "H200"), goal_ms=0.095)
     yield gpu_conv("both", must=Must("ms", 0.31, "H200"), goal_ms=0.28)
     yield gpu_conv("forward", layout="contiguous", tag="/channel-first", must=Must("ms", 0.094, "H200"))
@@ -319,6 +344,43 @@ def _gpu_ssd_cases() -> Iterator[Case]:
             tag = f"/length-{l}"
             yield ssd(1, l, 32, 64, 128, direction, torch.bfloat16, device="cuda", tag=tag, series=True)
 
+    def gpu_scan(
+        sizes: tuple[int, int, int],
+        direction: Direction,
+        must_ms: float,
+        goal_ms: float,
+        dtype: torch.dtype = torch.bfloat16,
+        layout: str = "transposed",
+        tag: str = "",
+    ) -> Case:
+        b, d, l = sizes
+        return scan(
+            *(b, d, l, 16),
+            direction,
+            dtype,
+            device="cuda",
+            layout=layout,
+            tag=f"/b{b}-d{d}-l{l}{tag}",
+            must=Must("ms", must_ms, "H200"),
+            goal_ms=goal_ms,
+        )
+
+    large, small, few = (4, 5120, 4096), (8, 1536, 2048), (1, 2048, 65536)
+    yield gpu_scan(large, "forward", 0.62, 0.48)
+    yield gpu_scan(large, "both", 3.3, 2.2)
+    yield gpu_scan(small, "forward", 0.20, 0.15)
+    yield gpu_scan(small, "both", 1.0, 0.7)
+    yield gpu_scan(few, "forward", 1.5, 0.95)
+    yield gpu_scan(few, "both", 5.6, 3.8)
+    yield gpu_scan(large, "forward", 0.95, 0.65, torch.float32)
+    yield gpu_scan(large, "both", 4.0, 2.9, torch.float32)
+    yield gpu_scan(large, "forward", 0.75, 0.55, layout="contiguous", tag="/l-major")
+    # A million tokens: the time per token of 65,536, and a tenth.
+    yield gpu_scan((1, 2048, 2**20), "both", 5.6 * 16 * 1.1, 3.8 * 16)
+    for l in GPU_LENGTHS:
+        options: dict[str, Any] = {"device": "cuda", "layout": "transposed", "series": True}
+        yield scan(1, 2048, l, 16, "forward", torch.bfloat16, tag=f"/length-{l}", **options)
+
 
 def quick_cases() -> Iterator[Case]:
     """The operators in miniature, to try the harness."""
@@ -335,6 +397,18 @@ def select(device: str, quick: bool, only: str | None) -> list[Case]:
     """The cases of a run; `only` is a shell pattern, matched anywhere in the name."""
     found = quick_cases() if quick else cpu_cases() if device == "cpu" else cuda_cases()
     return [case for case in found if only is None or fnmatch.fnmatch(case.name, f"*{only}*")]
+
+
+def _repeated(draw: Callable[[], Inputs], times: int, time: dict[str, int]) -> Inputs:
+    """Inputs whose tokens are repeated, in the layout of those that are drawn."""
+
+    def longer(t: torch.Tensor, dim: int) -> torch.Tensor:
+        if t.stride(dim) == 1:
+            return torch.cat([t] * times, dim)
+        return torch.cat([t.movedim(dim, 1)] * times, 1).movedim(1, dim)
+
+    inputs = draw()
+    return inputs | {name: longer(inputs[name], dim) for name, dim in time.items() if name in inputs}
 
 
 def _short(dtype: torch.dtype) -> str:

@@ -27,4 +27,15 @@ int64_t selective_scan_bwd_portable_workspace(const ScanBwd& p);
 const char* selective_scan_bwd_portable(const ScanBwd& p, const Sequences& seqs, int64_t states,
                                         void* workspace, void* stream);
 
+// Tuned kernels for real A with 16 states, B and C that depend on the input, no sequences within a row, one
+// storage type other than float64, and tensors of which neighbours along one axis can be moved together.
+bool selective_scan_fwd_tuned_takes(const ScanFwd& p, const Sequences& seqs);
+const char* selective_scan_fwd_tuned(const ScanFwd& p, void* stream);
+
+// A partial sum of dB and dC for every 32 channels and token, bounded likewise; of dA, dD and ddelta_bias for
+// every row and 512 tokens, or longer pieces of a long row.
+bool selective_scan_bwd_tuned_takes(const ScanBwd& p, const Sequences& seqs);
+int64_t selective_scan_bwd_tuned_workspace(const ScanBwd& p);
+const char* selective_scan_bwd_tuned(const ScanBwd& p, void* workspace, void* stream);
+
 }  // namespace mamba_ops

@@ -1,0 +1,312 @@
+// B and C in the tuned kernels of the selective scan, and the recurrence through a group. Lane 4 g + q of a
+// warp holds the states 4 q .. 4 q + 3 of channel g.
+//
+// float32: products and sums as they stand, B and C of a group in shared memory. 16-bit types: the two small
+// products run on the tensor cores (mma, tf32), the recurrence between them stays a float32 FMA.
+//   h_t C_t: the left operand is the states of an even step (rows 0..7) and of an odd step (rows 8..15), as
+//     they stand in their registers; the right one is C of the 8 tokens, zero but for these two columns. So
+//     one accumulator collects 8 tokens, each in the lane that owns it. B and C are exact in tf32; of a state
+//     the unit reads the upper 19 bits.
+//   delta_t u_t B_t: the left operand is delta u of two steps and zeros, the right one B of four of the
+//   tokens.
+#pragma once
+#include "kernels/cuda/selective_scan_tuned.cuh"
+
+namespace mamba_ops::gpu {
+
+inline constexpr int kLaneStates = 4;
+
+// d += a b in tf32. Lane (g, q): a (16 x 8) has rows g, g + 8, g, g + 8 and columns q, q, q + 4, q + 4, b (8
+// x 8) rows q, q + 4 and column g, d (16 x 8) rows g, g, g + 8, g + 8 and columns 2 q, 2 q + 1, 2 q, 2 q + 1.
+__device__ inline void mma(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
+  asm("mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, "
+      "{%0,%1,%2,%3};"
+      : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+}
+// The same without columns 4 and up of a and rows 4 and up of b.
+__device__ inline void mma(float (&d)[4], const uint32_t (&a)[2], uint32_t b) {
+  asm("mma.sync.aligned.m16n8k4.row.col.f32.tf32.tf32.f32 {%0,%1,%2,%3}, {%4,%5}, {%6}, {%0,%1,%2,%3};"
+      : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+      : "r"(a[0]), "r"(a[1]), "r"(b));
+}
+
+// Where (n, l) of B or C of a row and channel begins.
+template <class T>
+__device__ inline const T* factor(const View& v, int64_t groups, const ScanDims& dims, int64_t row,
+                                  int64_t channel, int64_t token) {
+  return static_cast<const T*>(v.data) + row * v.stride[0] + channel / (dims.d / groups) * v.stride[1] +
+         token * v.stride[3];
+}
+
+__device__ inline float from_quad(const float (&mine)[2], int step) {
+  return __shfl_sync(kAllLanes, mine[step % 2], step / 2, 4);
+}
+
+// Two tokens of two states: tokens 2 q and 2 q + 1, states 2 g and 2 g + 1. B and C are contiguous along
+// states where u is along channels.
+template <class T, Along kAlong>
+struct FactorPairs {
+  static constexpr bool kStates = kAlong == Along::channels;
+  struct Raw {
+    Pack<T, 2> pair[2];
+  };
+  const T* p;
+
+  __device__ FactorPairs(const View& v, const T* start)
+      : p(start + 2 * g() * v.stride[2] + 2 * q() * v.stride[3]) {}
+  __device__ Raw load(const View& v) const {
+    return {{load_now<2>(p), load_now<2>(p + v.stride[kStates ? 3 : 2])}};
+  }
+  // Of a group of `left` < 8 tokens; zeros beyond.
+  __device__ Raw load_some(const View& v, int left) const {
+    Raw raw{};
+#pragma unroll
+    for (int k = 0; k < 2; ++k)
+#pragma unroll
+      for (int s = 0; s < 2; ++s)
+        if (2 * q() + k < left)
+          raw.pair[kStates ? k : s].set(kStates ? s : k, p[s * v.stride[2] + k * v.stride[3]]);
+    return raw;
+  }
+  __device__ static float value(const Raw& raw, int token, int state) {
+    return kStates ? raw.pair[token].at(state) : raw.pair[state].at(token);
+  }
+  __device__ void advance(int64_t bytes) { move(p, bytes); }
+
+  __device__ static int g() { return threadIdx.x % kWarp / 4; }
+  __device__ static int q() { return threadIdx.x % 4; }
+};
+
+// Before it reads an operand the tensor core cuts off its low bits, 3.5e-4 of the value on average.
+template <class T>
+inline constexpr float kOperandScale = sizeof(T) == 2 ? 1 + 3.5e-4f : 1.f;
+
+// h[step][lane's state] = delta u B of a group, of steps 4 j .. 4 j + 3 at a time.
+template <class T, Along kAlong>
+struct InputFactor : FactorPairs<T, kAlong> {
+  using Base = FactorPairs<T, kAlong>;
+  static constexpr int kShared = 1;  // floats of a warp: none
+
+  __device__ InputFactor(const View& v, const T* start, float*) : Base(v, start) {
+#pragma unroll
+    for (int p = 0; p < 4; ++p) keep(own_pair[p] = Base::q() == p ? ~0u : 0u);
+  }
+  __device__ void begin(const typename Base::Raw& raw, const float (&inputs)[2]) {
+#pragma unroll
+    for (int k = 0; k < 2; ++k) {
+      input[k] = __float_as_uint(inputs[k]);
+#pragma unroll
+      for (int s = 0; s < 2; ++s) keep(b[k][s] = __float_as_uint(Base::value(raw, k, s)));
+    }
+  }
+  __device__ void inputs(float (&h)[kGroup][kLaneStates], int j) const {
+#pragma unroll
+    for (int k = 0; k < 2; ++k) {
+      const uint32_t a[2] = {input[k] & own_pair[2 * j], input[k] & own_pair[2 * j + 1]};
+#pragma unroll
+      for (int s = 0; s < 2; ++s) {
+        float x[4] = {};
+        mma(x, a, b[k][s]);
+#pragma unroll
+        for (int i = 0; i < 4; ++i) h[4 * j + i / 2 * 2 + k][s + i % 2 * 2] = x[i];
+      }
+    }
+  }
+
+ private:
+  uint32_t own_pair[4];  // masks
+  uint32_t b[2][2], input[2];
+};
+
+// sum_i h C of a group, of steps 2 p and 2 p + 1 at a time.
+template <class T, Along kAlong>
+struct OutputFactor {
+  static constexpr bool kStates = kAlong == Along::channels;
+  static constexpr int kShared = 1;  // floats of a warp: none
+  struct Raw {
+    uint32_t word[2];
+  };
+
+  __device__ OutputFactor(const View& v, const T* start, float*)
+      : p(start + state() * v.stride[2] + token() * v.stride[3]) {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) keep(own_column[i] = threadIdx.x % kWarp / 8 == i ? ~0u : 0u);
+  }
+  __device__ Raw load(const View& v) const {
+    if constexpr (kStates) {
+      const Pack<T, 4> four = load_now<4>(p);
+      return {{four.word[0], four.word[1]}};
+    } else {
+      return {{load_now<2>(p).word[0], load_now<2>(p + 2 * v.stride[2]).word[0]}};
+    }
+  }
+  __device__ Raw load_some(const View& v, int left) const {
+    Raw raw{};
+#pragma unroll
+    for (int k = 0; k < 2; ++k)
+#pragma unroll
+      for (int i = 0; i < 2; ++i)
+        if (token() + (kStates ? 0 : i) < left)
+          raw.word[k] |= p[(2 * k + (kStates ? i : 0)) * v.stride[2] + (kStates ? 0 : i) * v.stride[3]].bits
+                         << 16 * i;
+    return raw;
+  }
+  __device__ void advance(int64_t bytes) { move(p, bytes); }
+  __device__ void begin(const Raw& raw) {
+#pragma unroll
+    for (int k = 0; k < 2; ++k) {
+      const Pack<T, 2> pair{{kStates ? raw.word[k] : transpose(raw.word[k])}};
+#pragma unroll
+      for (int i = 0; i < 2; ++i) keep(c[2 * k + i] = __float_as_uint(pair.at(i)));
+    }
+#pragma unroll
+    for (int i = 0; i < 4; ++i) sums[i] = 0;
+  }
+  __device__ void outputs(const float (&h)[kGroup][kLaneStates], int p) {
+#pragma unroll
+    for (int s = 0; s < 2; ++s) {
+      uint32_t a[4];
+#pragma unroll
+      for (int i = 0; i < 4; ++i) a[i] = __float_as_uint(h[2 * p + i % 2][s + i / 2 * 2]);
+      const uint32_t b[2] = {c[s] & own_column[p], c[s + 2] & own_column[p]};
+      mma(sums, a, b);
+    }
+  }
+  // Of the lane's two tokens.
+  __device__ float2 result() const { return {sums[0], sums[3]}; }
+
+ private:
+  // What a lane loads. Where tokens are contiguous, transposition turns it into states 4 q .. 4 q + 3 of
+  // token g.
+  __device__ static int state() {
+    const int g = threadIdx.x % kWarp / 4, q = threadIdx.x % 4;
+    return kStates ? 4 * q : g / 2 * 4 + g % 2;
+  }
+  __device__ static int token() { return kStates ? threadIdx.x % kWarp / 4 : threadIdx.x % 4 * 2; }
+
+  const T* p;
+  uint32_t own_column[4];  // masks
+  uint32_t c[kLaneStates];
+  float sums[4];
+};
+
+// A group of B or C in float32, in shared memory.
+template <Along kAlong>
+struct SharedFactor {
+  static constexpr bool kStates = kAlong == Along::channels;
+  static constexpr int kShared = kGroup * kTunedState;  // floats of a warp
+  using Raw = Pack<float, 4>;
+
+  __device__ SharedFactor(const View& v, const float* start, float* shared)
+      : p(start + state() * v.stride[2] + token() * v.stride[3]), shared(shared) {}
+  __device__ Raw load(const View&) const { return load_now<4>(p); }
+  __device__ Raw load_some(const View&, int left) const {
+    Raw raw{};
+#pragma unroll
+    for (int i = 0; i < 4; ++i)
+      if (token() + (kStates ? 0 : i) < left) raw.set(i, p[i]);
+    return raw;
+  }
+  __device__ void advance(int64_t bytes) { move(p, bytes); }
+  __device__ void put(const Raw& raw) const {
+    float* to = shared + token() * kTunedState + state();
+    __syncwarp();
+    if constexpr (kStates) {
+      *reinterpret_cast<Raw*>(to) = raw;
+    } else {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) to[i * kTunedState] = raw.at(i);
+    }
+    __syncwarp();
+  }
+  // Of the lane's states.
+  __device__ Raw at(int t) const {
+    return *reinterpret_cast<const Raw*>(shared + t * kTunedState + threadIdx.x % 4 * kLaneStates);
+  }
+
+ private:
+  // A lane moves 4 states of a token, or 4 tokens of a state.
+  __device__ static int state() { return kStates ? threadIdx.x % 4 * 4 : threadIdx.x % kWarp / 2; }
+  __device__ static int token() { return kStates ? threadIdx.x % kWarp / 4 : threadIdx.x % 2 * 4; }
+
+  const float* p;
+  float* shared;
+};
+
+template <Along kAlong>
+struct InputFactor<float, kAlong> : SharedFactor<kAlong> {
+  using Base = SharedFactor<kAlong>;
+  using Base::Base;
+  __device__ void begin(const typename Base::Raw& raw, const float (&inputs)[2]) {
+    Base::put(raw);
+    input[0] = inputs[0];
+    input[1] = inputs[1];
+  }
+  __device__ void inputs(float (&h)[kGroup][kLaneStates], int j) const {
+#pragma unroll
+    for (int t = 4 * j; t < 4 * j + 4; ++t) {
+      const float u = from_quad(input, t);
+      const auto b = Base::at(t);
+#pragma unroll
+      for (int i = 0; i < kLaneStates; ++i) h[t][i] = u * b.at(i);
+    }
+  }
+
+ private:
+  float input[2];
+};
+
+template <Along kAlong>
+struct OutputFactor<float, kAlong> : SharedFactor<kAlong> {
+  using Base = SharedFactor<kAlong>;
+  using Base::Base;
+  __device__ void begin(const typename Base::Raw& raw) { Base::put(raw); }
+  __device__ void outputs(const float (&h)[kGroup][kLaneStates], int p) {
+#pragma unroll
+    for (int t = 2 * p; t < 2 * p + 2; ++t) {
+      const auto c = Base::at(t);
+      sums[t] = fmaf(h[t][0], c.at(0), h[t][1] * c.at(1)) + fmaf(h[t][2], c.at(2), h[t][3] * c.at(3));
+    }
+  }
+  // Sums over the quad, of 8 tokens at once: each lane ends with its own two.
+  __device__ float2 result() const {
+    const int q = threadIdx.x % 4;
+    float half[4], two[2];
+#pragma unroll
+    for (int t = 0; t < 4; ++t) {
+      const float mine = q < 2 ? sums[t] : sums[t + 4], other = q < 2 ? sums[t + 4] : sums[t];
+      half[t] = mine + __shfl_xor_sync(kAllLanes, other, 2);
+    }
+#pragma unroll
+    for (int t = 0; t < 2; ++t) {
+      const float mine = q % 2 ? half[t + 2] : half[t], other = q % 2 ? half[t] : half[t + 2];
+      two[t] = mine + __shfl_xor_sync(kAllLanes, other, 1);
+    }
+    return {two[0], two[1]};
+  }
+
+ private:
+  float sums[kGroup];
+};
+
+// Of steps 2 p and 2 p + 1, from the deltas of the lane's tokens in units that make a decay a power of 2.
+__device__ inline void decays(float (&a)[kGroup][kLaneStates], const float (&deltas)[2],
+                              const float (&A)[kLaneStates], int p) {
+#pragma unroll
+  for (int t = 2 * p; t < 2 * p + 2; ++t) {
+    const float delta = from_quad(deltas, t);
+#pragma unroll
+    for (int i = 0; i < kLaneStates; ++i) a[t][i] = exp2_of(delta * A[i]);
+  }
+}
+
+__device__ inline void advance(float (&h)[kGroup][kLaneStates], const float (&a)[kGroup][kLaneStates],
+                               float (&state)[kLaneStates], int p) {
+#pragma unroll
+  for (int t = 2 * p; t < 2 * p + 2; ++t)
+#pragma unroll
+    for (int i = 0; i < kLaneStates; ++i) state[i] = h[t][i] = fmaf(a[t][i], state[i], h[t][i]);
+}
+
+}  // namespace mamba_ops::gpu
