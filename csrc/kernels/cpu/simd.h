@@ -151,10 +151,18 @@ MAMBA_INLINE Vec<float> reciprocal(Vec<float> x) {  // of normal numbers
 #endif
 }
 MAMBA_INLINE Vec<double> reciprocal(Vec<double> x) { return 1. / x; }
+MAMBA_INLINE Vec<float> quotient(Vec<float> a, Vec<float> b) {  // of normal numbers
+#if defined(__AVX512F__)
+  const Vec<float> r = reciprocal(b), q = a * r;
+  return q + r * (a - q * b);
+#else
+  return a / b;
+#endif
+}
 
 // log(1 + x) for 0 <= x <= 1: 2 atanh(x / (2 + x)).
 MAMBA_INLINE Vec<float> log1p_unit(Vec<float> x) {
-  const Vec<float> s = x * reciprocal(Vec<float>(2.f + x)), q = s * s;
+  const Vec<float> s = quotient(x, Vec<float>(2.f + x)), q = s * s;
   Vec<float> p = splat(1.f / 15);
   p = p * q + 1.f / 13;
   p = p * q + 1.f / 11;
