@@ -288,27 +288,6 @@ def cuda_cases() -> Iterator[Case]:
     def gpu_conv(direction: Direction, **options: Any) -> Case:
         return conv(4, 5376, 4096, direction, torch.bfloat16, device="cuda", **options)
 
-    def gpu_scan(
-        sizes: tuple[int, int, int],
-        direction: Direction,
-        must_ms: float,
-        goal_ms: float,
-        dtype: torch.dtype = torch.bfloat16,
-        layout: str = "transposed",
-        tag: str = "",
-    ) -> Case:
-        b, d, l = sizes
-        return scan(
-            *(b, d, l, 16),
-            direction,
-            dtype,
-            device="cuda",
-            layout=layout,
-            tag=f"/b{b}-d{d}-l{l}{tag}",
-            must=Must("ms", must_ms, "H200"),
-            goal_ms=goal_ms,
-        )
-
     yield gpu_conv("forward", must=Must("ms", 0.105, "H200"), goal_ms=0.095)
     yield gpu_conv("both", must=Must("ms", 0.31, "H200"), goal_ms=0.28)
     yield gpu_conv("forward", layout="contiguous", tag="/channel-first", must=Must("ms", 0.094, "H200"))

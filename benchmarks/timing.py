@@ -12,7 +12,7 @@ import torch
 
 from .contenders import Run
 
-_BURST_MS = 30.0  # of one contender before the next one's turn: it is timed with its own data in the caches
+_BURST_MS = 100.0  # of one contender before the next one's turn: it is timed with its own data in the caches
 _MAX_BURST = 10
 _MAX_RUNS = 400
 
@@ -94,6 +94,8 @@ def interleave(runs: Mapping[str, Run], clock: Clock, budget_s: float, min_runs:
         while waiting:
             for name in [n for n in runs if n in waiting]:
                 burst = max(1, min(_MAX_BURST, int(_BURST_MS / max(guess[name], 1e-3))))
+                if burst > 1:
+                    clock(runs[name])  # brings its data back into the caches
                 samples[name] += [clock(runs[name]) for _ in range(burst)]
                 spent = sum(samples[name]) / 1e3
                 enough = 2 if guess[name] > 1e3 * budget_s else min_runs

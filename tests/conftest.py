@@ -51,6 +51,8 @@ def missing_device(operator: str, device: str) -> str | None:
 def large_gpu(request: pytest.FixtureRequest) -> str:
     """A GPU with room for tensors of more than 2**31 elements; torch.empty no longer fills them."""
     reason = missing_device(request.module.OPERATOR, "cuda")
+    if reason is None:
+        torch.cuda.empty_cache()
     if reason is None and torch.cuda.mem_get_info()[0] < 40 << 30:
         reason = "needs 40 GiB of GPU memory"
     if reason:
