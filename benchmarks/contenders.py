@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -74,6 +77,23 @@ def operator(name: str, direction: Direction, path: str = "auto") -> Contender:
         return call if path == "auto" else run
 
     return Contender(OURS, prepare)
+
+
+class Fresh:
+    """A run that times itself: the milliseconds that Python code prints last, in a process of its own."""
+
+    def __init__(self, code: str) -> None:
+        self.code = code
+
+    def __call__(self) -> Results:
+        return {}
+
+    def milliseconds(self) -> float:
+        root = Path(__file__).resolve().parents[1]
+        done = subprocess.run([sys.executable, "-c", self.code], capture_output=True, text=True, cwd=root)
+        if done.returncode:
+            raise RuntimeError(done.stderr.strip().rpartition("\n")[2])
+        return float(done.stdout.split()[-1])
 
 
 def copy(n_bytes: int) -> Contender:

@@ -163,7 +163,7 @@ def judge(must: Must, times: dict[str, Times], device_name: str) -> dict[str, An
     words = {
         "faster": f"{must.value:g} x faster than {must.than}",
         "share": f"at most {must.value:g} x the time of {must.than}",
-        "ms": f"{must.value:g} ms on an {must.than}",
+        "ms": f"{must.value:g} ms" + (f" on an {must.than}" if must.than else ""),
     }[must.kind]
     verdict: dict[str, Any] = {"must": words}
     if OURS not in times or (must.than not in (device_name if must.kind == "ms" else times)):

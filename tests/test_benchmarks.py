@@ -13,7 +13,7 @@ import torch
 
 from benchmarks import baselines, compare, run, table
 from benchmarks.cases import Case, Must
-from benchmarks.contenders import OURS, Contender
+from benchmarks.contenders import OURS, Contender, Fresh
 from benchmarks.timing import Clock, Times, interleave
 from mamba_ops import reference
 from tests import cases
@@ -138,12 +138,20 @@ def test_interleaving_takes_turns() -> None:
 
     def clock(call: Callable[[], Any]) -> float:
         call()
-        return 40.0
+        return 40.0 if order[-1] == "a" else 120.0
 
     runs = {name: (lambda name=name: order.append(name)) for name in "ab"}
     found = interleave(runs, clock, budget_s=0.4, min_runs=3)  # type: ignore[arg-type]
-    assert {name: t.runs for name, t in found.items()} == {"a": 10, "b": 10}
-    assert order[4:] == ["a", "b"] * 10
+    assert {name: t.runs for name, t in found.items()} == {"a": 10, "b": 4}
+    turn = ["a", "a", "a", "b"]  # the short one runs twice in its turn, after a run that is not counted
+    assert order[4:] == turn * 4 + ["a", "a", "a"]
+
+
+def test_a_run_in_a_process_of_its_own_times_itself() -> None:
+    clock = Clock(torch.device("cpu"))
+    assert clock(Fresh("print('some words'); print(2.5)")) == 2.5
+    with pytest.raises(RuntimeError, match="ZeroDivisionError"):
+        clock(Fresh("1 / 0"))
 
 
 @pytest.mark.parametrize("peer", ["scan_recurrence", "scan_mambapy"])
