@@ -9,6 +9,7 @@
 #include "kernels/cuda/path.h"
 #include "kernels/plan.h"
 #ifdef USE_CUDA
+#include "kernels/cuda/selective_scan.h"
 #include "kernels/cuda/ssd.h"
 #endif
 
@@ -40,10 +41,10 @@ namespace {
 
 using Plan = std::map<std::string, std::string>;
 
-const std::vector<std::string> kOperators = {"selective_scan",       "ssd",
-                                             "causal_conv1d",        "rms_norm_gated",
-                                             "causal_conv1d_update", "selective_state_update",
-                                             "ssd_state_update"};
+const std::vector<std::string> kOperators = {"selective_scan",         "ssd",
+                                             "causal_conv1d",          "rms_norm_gated",
+                                             "add_rms_norm",           "causal_conv1d_update",
+                                             "selective_state_update", "ssd_state_update"};
 
 void describe(Plan& plan, const Segments& segments, int64_t units) {
   plan["units"] = std::to_string(units);
@@ -59,18 +60,48 @@ DType dtype_of(const std::string& name) {
                               : DType::f32;
 }
 
+View contiguous(std::initializer_list<int64_t> sizes, DType dtype) {
+  View v{.data = reinterpret_cast<void*>(uintptr_t(256)), .dtype = dtype};
+  int64_t i = int64_t(sizes.size()), stride = 1;
+  for (auto size = std::rbegin(sizes); size != std::rend(sizes); stride *= *size++) v.stride[--i] = stride;
+  return v;
+}
+DType parameter_type(DType data) { return data == DType::f64 ? data : DType::f32; }
+
 // Which kernels a call with contiguous, aligned tensors takes on the current device.
+void describe_cuda(Plan& plan, const ScanDims& dims, DType type) {
+  const View data = contiguous({dims.b, dims.d, dims.l}, type),
+             B = contiguous({dims.b, dims.groups_B, dims.n, dims.l}, type),
+             C = contiguous({dims.b, dims.groups_C, dims.n, dims.l}, type),
+             A = contiguous({dims.d, dims.n}, parameter_type(type)),
+             parameter = contiguous({dims.d}, parameter_type(type));
+  ScanFwd fwd{};
+  fwd.dims = dims;
+  fwd.u = fwd.delta = fwd.z = fwd.y = data;
+  fwd.A = A;
+  fwd.B = B;
+  fwd.C = C;
+  fwd.D = fwd.delta_bias = parameter;
+  ScanBwd bwd{};
+  bwd.fwd = fwd;
+  bwd.fwd.y = {};
+  bwd.dy = bwd.du = bwd.ddelta = bwd.dz = data;
+  bwd.dA = A;
+  bwd.dB = B;
+  bwd.dC = C;
+  bwd.dD = bwd.ddelta_bias = parameter;
+  const auto name = [](ScanPath path) { return path == ScanPath::tuned ? "cuda tuned" : "cuda portable"; };
+  plan["kernel"] = name(scan_kernel(fwd, {}).path);
+  plan["backward"] = name(scan_kernel(bwd, {}).path);
+  plan["checkpoint"] = std::to_string(kScanCheckpointCuda);
+}
+
 void describe_cuda(Plan& plan, const SsdDims& dims, DType type) {
-  const auto tensor = [&](std::initializer_list<int64_t> sizes, DType dtype) {
-    View v{.data = reinterpret_cast<void*>(uintptr_t(256)), .dtype = dtype};
-    int64_t i = int64_t(sizes.size()), stride = 1;
-    for (auto size = std::rbegin(sizes); size != std::rend(sizes); stride *= *size++) v.stride[--i] = stride;
-    return v;
-  };
   const int64_t b = dims.b, l = dims.l, h = dims.h;
-  const View data = tensor({b, l, h, dims.p}, type), dt = tensor({b, l, h}, type),
-             B = tensor({b, l, dims.groups_B, dims.n}, type), C = tensor({b, l, dims.groups_C, dims.n}, type),
-             parameter = tensor({h}, type == DType::f64 ? type : DType::f32);
+  const View data = contiguous({b, l, h, dims.p}, type), dt = contiguous({b, l, h}, type),
+             B = contiguous({b, l, dims.groups_B, dims.n}, type),
+             C = contiguous({b, l, dims.groups_C, dims.n}, type),
+             parameter = contiguous({h}, parameter_type(type));
   SsdFwd fwd{};
   fwd.dims = dims;
   fwd.x = fwd.y = data;
@@ -107,6 +138,16 @@ Plan plan(const std::string& op, const std::string& device, const std::string& d
   };
   Plan plan = {{"arithmetic", dtype == "float64" || dtype == "complex128" ? "float64" : "float32"}};
   const int64_t b = size("b", 1), l = size("l", 1), g = size("g", 1);
+  ScanDims scan{.b = b,
+                .d = size("d", 1),
+                .l = l,
+                .n = size("n", 16),
+                .groups_B = g,
+                .groups_C = g,
+                .complex = false,
+                .softplus = true,
+                .constant_B = false,
+                .constant_C = false};
   SsdDims ssd{.b = b,
               .l = l,
               .h = size("h", 1),
@@ -122,11 +163,12 @@ Plan plan(const std::string& op, const std::string& device, const std::string& d
               .dt_max = INFINITY};
   if (device != "cpu") {
 #ifdef USE_CUDA
-    if (op == "ssd")
+    if (op == "selective_scan")
+      describe_cuda(plan, scan, dtype_of(dtype));
+    else if (op == "ssd")
       describe_cuda(plan, ssd, dtype_of(dtype));
     else
-      plan["kernel"] = op == "selective_scan" ? "cuda portable" : "cuda";
-    if (op == "selective_scan") plan["checkpoint"] = std::to_string(kScanCheckpointCuda);
+      plan["kernel"] = "cuda";
 #else
     plan["kernel"] = std::string("none: built without CUDA (") + MAMBA_OPS_CUDA_VERSION + ")";
 #endif
@@ -134,18 +176,8 @@ Plan plan(const std::string& op, const std::string& device, const std::string& d
   }
   plan["kernel"] = std::string("cpu ") + cpu().name;
   if (op == "selective_scan") {
-    ScanDims dims{.b = b,
-                  .d = size("d", 1),
-                  .l = l,
-                  .n = size("n", 16),
-                  .groups_B = g,
-                  .groups_C = g,
-                  .complex = false,
-                  .softplus = true,
-                  .constant_B = false,
-                  .constant_C = false};
-    const Segments segments(runs_of_rows(b, l), dims);
-    describe(plan, segments, segments.list().view().groups * dims.channel_blocks());
+    const Segments segments(runs_of_rows(b, l), scan);
+    describe(plan, segments, segments.list().view().groups * scan.channel_blocks());
     plan["checkpoint"] = std::to_string(kScanCheckpoint);
   } else if (op == "ssd") {
     const Segments segments(runs_of_rows(b, l), ssd);

@@ -1,7 +1,6 @@
 """selective_scan against the recurrence: every option, dtype, layout and length."""
 
 import math
-from collections.abc import Iterator
 
 import pytest
 import torch
@@ -96,16 +95,6 @@ def test_states(device: str, n: int, complex_A: bool) -> None:
     )
 
 
-@pytest.fixture(params=["auto", "portable"])
-def path(request: pytest.FixtureRequest, device: str) -> Iterator[str]:
-    """The CUDA kernels that a call may take; on the CPU there is one path."""
-    if device == "cpu" and request.param == "portable":
-        pytest.skip("a path of CUDA")
-    mamba_ops._C.set_cuda_path(request.param)
-    yield request.param
-    mamba_ops._C.set_cuda_path("auto")
-
-
 # Sizes that the tuned CUDA kernels take, and their edges: groups of 8 tokens and channels, windows of 64
 # tokens, blocks of 32 channels. Contiguous rows move in pairs of tokens, B and C in fours.
 @pytest.mark.parametrize("layout", ["contiguous", "transposed"])
@@ -113,7 +102,7 @@ def path(request: pytest.FixtureRequest, device: str) -> Iterator[str]:
     ("d", "l"), [(8, 8), (24, 64), (32, 60), (34, 72), (40, 128), (70, 132), (6, 204), (9, 64)]
 )
 @pytest.mark.parametrize("dtype", DTYPES[:3])
-def test_sixteen_states(device: str, path: str, dtype: torch.dtype, d: int, l: int, layout: str) -> None:
+def test_sixteen_states(device: str, dtype: torch.dtype, d: int, l: int, layout: str) -> None:
     sizes = {"layout": layout, "dtype": dtype, "device": device}
     check(OPERATOR, cases.selective_scan(2, d, l, 16, options=SCAN_OPTIONS, **sizes))
     check(OPERATOR, cases.selective_scan(1, d, l, 16, options=("D",), decay="strong", **sizes))
@@ -123,7 +112,7 @@ def test_sixteen_states(device: str, path: str, dtype: torch.dtype, d: int, l: i
 @pytest.mark.parametrize("groups", [(None, None), (1, 2), (4, 2)])
 @pytest.mark.parametrize("dtype", DTYPES[:3])
 def test_sixteen_states_in_groups(
-    device: str, path: str, dtype: torch.dtype, groups: tuple[int | None, int | None], l: int
+    device: str, dtype: torch.dtype, groups: tuple[int | None, int | None], l: int
 ) -> None:
     options = {"groups": groups, "layout": "transposed", "dtype": dtype, "device": device}
     check(OPERATOR, cases.selective_scan(2, 32, l, 16, options=SCAN_OPTIONS, **options))
@@ -132,24 +121,22 @@ def test_sixteen_states_in_groups(
 
 @pytest.mark.parametrize("layout", ["contiguous", "transposed"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_sixteen_states_long(device: str, path: str, dtype: torch.dtype, layout: str) -> None:
+def test_sixteen_states_long(device: str, dtype: torch.dtype, layout: str) -> None:
     """Long enough for segments."""
     sizes = {"layout": layout, "dtype": dtype, "device": device}
     check(OPERATOR, cases.selective_scan(1, 16, 4100, 16, options=SCAN_OPTIONS, **sizes))
 
 
-def test_sixteen_states_of_many_rows(device: str, path: str) -> None:
+@pytest.mark.parametrize("device", ["cuda", "cuda portable"], indirect=True)
+def test_sixteen_states_of_many_rows(device: str) -> None:
     """Rows enough to fill a GPU: there they are cut into pieces of 512 tokens, one after the other."""
-    if device == "cpu":
-        pytest.skip("nothing is cut on the CPU")
     sizes = {"layout": "transposed", "dtype": torch.bfloat16, "device": device}
     check(OPERATOR, cases.selective_scan(600, 8, 600, 16, options=SCAN_OPTIONS, **sizes))
 
 
+@pytest.mark.parametrize("device", ["cuda"], indirect=True)
 def test_paths_agree_where_partial_sums_exceed_their_memory(device: str) -> None:
     """The sums over channels then take several launches. Too large for the reference."""
-    if device == "cpu":
-        pytest.skip("a path of CUDA")
     small = cases.selective_scan(
         1, 2048, 1000, 16, options=SCAN_OPTIONS[:4], layout="transposed", dtype=torch.bfloat16, device=device
     )

@@ -7,7 +7,6 @@
 #include "ops/ops.h"
 
 #ifdef USE_CUDA
-#include "kernels/cuda/path.h"
 #include "kernels/cuda/selective_scan.h"
 #endif
 
@@ -205,22 +204,18 @@ void forward_cuda(const ScanCall& call, const ScanFwd& params, const Tensor& u, 
                   const OptTensor& cu_seqlens) {
   CudaCall cuda(call.check.op(), u);
   const Sequences seqs = cuda.sequences(params.dims.l, seq_idx, cu_seqlens);
-  if (!portable_only && selective_scan_fwd_tuned_takes(params, seqs))
-    return cuda.launched(selective_scan_fwd_tuned(params, cuda.stream()));
-  const Tensor workspace = empty({selective_scan_fwd_portable_workspace(params)}, ScalarType::Byte, u);
-  cuda.launched(selective_scan_fwd_portable(params, seqs, call.states, workspace.data_ptr(), cuda.stream()));
+  const auto kernel = scan_kernel(params, seqs);
+  const Tensor workspace = empty({kernel.workspace(params)}, ScalarType::Byte, u);
+  cuda.launched(kernel.launch(params, seqs, call.states, workspace.data_ptr(), cuda.stream()));
 }
 
 void backward_cuda(const ScanCall& call, const ScanBwd& params, const Tensor& u, const OptTensor& seq_idx,
                    const OptTensor& cu_seqlens) {
   CudaCall cuda(call.check.op(), u);
   const Sequences seqs = cuda.sequences(params.fwd.dims.l, seq_idx, cu_seqlens);
-  if (!portable_only && selective_scan_bwd_tuned_takes(params, seqs)) {
-    const Tensor workspace = empty({selective_scan_bwd_tuned_workspace(params)}, ScalarType::Byte, u);
-    return cuda.launched(selective_scan_bwd_tuned(params, workspace.data_ptr(), cuda.stream()));
-  }
-  const Tensor workspace = empty({selective_scan_bwd_portable_workspace(params)}, ScalarType::Byte, u);
-  cuda.launched(selective_scan_bwd_portable(params, seqs, call.states, workspace.data_ptr(), cuda.stream()));
+  const auto kernel = scan_kernel(params, seqs);
+  const Tensor workspace = empty({kernel.workspace(params)}, ScalarType::Byte, u);
+  cuda.launched(kernel.launch(params, seqs, call.states, workspace.data_ptr(), cuda.stream()));
 }
 #else
 void forward_cuda(const ScanCall& call, const ScanFwd&, const Tensor&, const OptTensor&, const OptTensor&) {

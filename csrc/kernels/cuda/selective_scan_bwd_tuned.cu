@@ -400,7 +400,8 @@ bool selective_scan_bwd_tuned_takes(const ScanBwd& p, const Sequences& seqs) {
 
 int64_t selective_scan_bwd_tuned_workspace(const ScanBwd& p) { return gpu::BwdPlan(p, nullptr).bytes; }
 
-const char* selective_scan_bwd_tuned(const ScanBwd& p, void* workspace, void* cuda_stream) {
+const char* selective_scan_bwd_tuned(const ScanBwd& p, const Sequences&, int64_t, void* workspace,
+                                     void* cuda_stream) {
   using namespace gpu;
   const Along along = *tuned_axis(p.fwd, {}, {&p.dy, &p.du, &p.ddelta, &p.dz});
   return by_tuned(p.fwd, along, [&]<class T, Along kAlong, bool kGate>() {

@@ -237,7 +237,9 @@ bool selective_scan_fwd_tuned_takes(const ScanFwd& p, const Sequences& seqs) {
   return gpu::tuned_axis(p, seqs, {&p.y}).has_value();
 }
 
-const char* selective_scan_fwd_tuned(const ScanFwd& p, void* cuda_stream) {
+int64_t selective_scan_fwd_tuned_workspace(const ScanFwd&) { return 0; }
+
+const char* selective_scan_fwd_tuned(const ScanFwd& p, const Sequences&, int64_t, void*, void* cuda_stream) {
   using namespace gpu;
   return by_tuned(p, *tuned_axis(p, {}, {&p.y}), [&]<class T, Along kAlong, bool kGate>() -> const char* {
     const auto launch = [&]<int kTurns>() -> const char* {
