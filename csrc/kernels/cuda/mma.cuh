@@ -1,7 +1,7 @@
 // Instructions of sm_80 for products of tiles: asynchronous copies into shared memory, matrix loads,
 // mma.sync.
 #pragma once
-#include <cstdint>
+#include "kernels/cuda/load_store.cuh"
 
 namespace mamba_ops::gpu {
 
@@ -43,21 +43,42 @@ __device__ inline uint32_t turn_matrix(uint32_t row) {
   asm volatile("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(turned) : "r"(row));
   return turned;
 }
-__device__ inline uint32_t pack_bf16(float low, float high) {
+// Two 16-bit values in a register.
+template <class E>
+__device__ inline uint32_t pack(float low, float high) {
   uint32_t result;
-  asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(result) : "f"(high), "f"(low));
+  if constexpr (std::is_same_v<E, bf16>)
+    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(result) : "f"(high), "f"(low));
+  else
+    asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(result) : "f"(high), "f"(low));
   return result;
+}
+template <class E>
+__device__ inline float low(uint32_t two) {
+  return to_real(E{uint16_t(two)});
+}
+template <class E>
+__device__ inline float high(uint32_t two) {
+  return std::is_same_v<E, bf16> ? __uint_as_float(two & 0xffff0000u) : to_real(E{uint16_t(two >> 16)});
 }
 
 // c += a b. Lane 4 r + q holds of c rows r (c[0], c[1]) and r + 8 (c[2], c[3]), columns 2 q, 2 q + 1.
 
 // (16 x 16) (16 x 8): a[0], a[1] rows r, r + 8 of k = 2 q, 2 q + 1; a[2], a[3] of k + 8. b[0], b[1]: column
 // r.
-__device__ inline void mma_bf16(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
-  asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
-      "{%0, %1, %2, %3};"
-      : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
-      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+template <class E>
+__device__ inline void mma_halves(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+#define MAMBA_MMA(TYPE)                                      \
+  asm("mma.sync.aligned.m16n8k16.row.col.f32." TYPE "." TYPE \
+      ".f32 {%0, %1, %2, %3}, "                              \
+      "{%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"        \
+      : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])       \
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1))
+  if constexpr (std::is_same_v<E, bf16>)
+    MAMBA_MMA("bf16");
+  else
+    MAMBA_MMA("f16");
+#undef MAMBA_MMA
 }
 // (16 x 8) (8 x 8), the upper 19 bits of float32: a0, a1 rows r, r + 8 of k = q; a2, a3 of k = q + 4. b0, b1:
 // k = q, q + 4 of column r.

@@ -385,7 +385,7 @@ struct Backward {
   //   da_t = sum_{i >= t} (W_i. - W_.i) + sum_{i >= t} r_i + sum_{j < t} k_j + 2^T <H, G>
   // The first token of a chunk has no pairs across it: its first sum is 0, and not what rounding leaves.
   __device__ void step_gradients(const Head& head, int64_t number) const {
-    using WarpSteps = LaneSteps<R, kQ>;
+    using WarpSteps = LaneSteps<F, kQ>;
     constexpr int kPerLane = WarpSteps::kPerLane;
     R dt[kPerLane], sums[4][kPerLane];
     WarpSteps::load(dt, a.p.fwd, row, begin, number, tokens);
@@ -500,18 +500,17 @@ struct Backward {
                                    tiles.C + group * kPairColumns * T::kLdN, T::kLdN);
   }
   __device__ void make_steps(Head& to, int64_t number) const {
-    const LaneSteps<R, kQ> steps(a.p.fwd, row, begin, number, HeadParameters<R>(a.p.fwd, number), tokens);
+    const LaneSteps<F, kQ> steps(a.p.fwd, row, begin, number, HeadParameters<R>(a.p.fwd, number), tokens);
 #pragma unroll
     for (int k = 0; k < steps.kPerLane; ++k) {
       const int t = lane * steps.kPerLane + k;
       if (t >= kQ) continue;
-      to.delta[t] = steps.step[k].delta;
-      to.s[t] = steps.s[k];
-      to.from_start[t] = exp2_of(steps.s[k]);
+      to.s[t] = typename F::Sum(steps.s[k]);
+      to.delta[t] = steps.delta[k];
+      to.from_start[t] = steps.from_start(k);
+      to.to_end[t] = steps.to_end(k);
     }
-    if (lane != 0) return;
-    to.total = steps.total;
-    to.decay = exp2_of(steps.total);
+    if (lane == 0) to.decay = steps.decay();
   }
 
   __device__ void run_chunk() {
@@ -533,7 +532,7 @@ struct Backward {
       if (T::kStages == 2 && i + 1 < count) load(then, item(i + 1));
       commit_copies();
       const R from_start[2] = {head.from_start[token], head.from_start[token + 8]};
-      const R to_end[2] = {exp2_of(head.total - head.s[token]), exp2_of(head.total - head.s[token + 8])};
+      const R to_end[2] = {head.to_end[token], head.to_end[token + 8]};
       const R weight[2] = {to_end[0] * head.delta[token], to_end[1] * head.delta[token + 8]};
       pairs(now, head);
       through_state(dC, tiles.r[group], now.go, now.H, from_start, tiles.C);

@@ -24,27 +24,27 @@ struct BwdArgs {
   }
 };
 
-// Sizes by the type of the factors and the width that holds n. kGroups warps share 16 tokens.
-template <class F, int kN>
+// Sizes by the bytes of a factor and the width that holds n. kGroups warps share 16 tokens.
+template <int kBytes, int kN>
 struct BwdSizes;
 template <int N>
-struct BwdSizes<Bf16, N> {
+struct BwdSizes<2, N> {
   static constexpr int kQ = 64, kP = N <= 128 ? 64 : 32, kGroups = 4, kStages = N <= 128 ? 2 : 1;
 };
 template <int N>
-struct BwdSizes<Float32, N> {
+struct BwdSizes<4, N> {
   static constexpr int kQ = N <= 128 ? 64 : 32, kP = 32, kGroups = 4, kStages = 1;
 };
 template <int N>
-struct BwdSizes<Float64, N> {
+struct BwdSizes<8, N> {
   static constexpr int kQ = N <= 64 ? 32 : 16, kP = kQ, kGroups = kQ / 8, kStages = 1;
 };
 
 template <class F, int kWidth>
-struct BwdTiles : BwdSizes<F, kWidth> {
+struct BwdTiles : BwdSizes<sizeof(typename F::Element), kWidth> {
   using E = typename F::Element;
   using R = typename F::Real;
-  using Sizes = BwdSizes<F, kWidth>;
+  using Sizes = BwdSizes<sizeof(E), kWidth>;
   using Sizes::kQ, Sizes::kP, Sizes::kGroups, Sizes::kStages;
   static constexpr int kN = kWidth, kRows = kQ / 16, kWarps = kRows * kGroups, kThreads = 32 * kWarps;
   static constexpr int kParts = kThreads / kP;
@@ -58,8 +58,9 @@ struct BwdTiles : BwdSizes<F, kWidth> {
     alignas(16) E G[kP * kLdS];
   };
   struct alignas(16) Head {
-    R delta[kQ], s[kQ], from_start[kQ];
-    R total, decay;
+    typename F::Sum s[kQ];
+    R delta[kQ], from_start[kQ], to_end[kQ];
+    R decay;
     R sums[4][kQ];  // over its channels, for every token: W (as i less as j), r, k, x . dX
     R D[kP];        // go . x for every channel of a slice
     R v;            // <H, G>

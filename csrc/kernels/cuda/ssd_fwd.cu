@@ -38,33 +38,34 @@ struct FwdArgs {
   const void* entering;      // (b, pieces, h, p, padded n): states before the pieces
 };
 
-// Sizes by the type of the factors and the width that holds n. kBlocks: of a multiprocessor.
-template <class F, int kN>
+// Sizes by the bytes of a factor and the width that holds n. kBlocks: of a multiprocessor.
+template <int kBytes, int kN>
 struct FwdSizes;
 template <int N>
-struct FwdSizes<Bf16, N> {
+struct FwdSizes<2, N> {
   static constexpr int kQ = 64, kP = 64, kBlocks = N <= 128 ? 3 : 2;
 };
 template <int N>
-struct FwdSizes<Float32, N> {
+struct FwdSizes<4, N> {
   static constexpr int kQ = 32, kP = 64, kBlocks = N <= 128 ? 3 : 2;
 };
 template <int N>
-struct FwdSizes<Float64, N> {
+struct FwdSizes<8, N> {
   static constexpr int kQ = N <= 128 ? 32 : 16, kP = 32, kBlocks = 1;
 };
 
 template <class F, int kWidth>
-struct FwdTiles : FwdSizes<F, kWidth> {
+struct FwdTiles : FwdSizes<sizeof(typename F::Element), kWidth> {
   using E = typename F::Element;
   using R = typename F::Real;
-  using FwdSizes<F, kWidth>::kQ, FwdSizes<F, kWidth>::kP;
+  using Sizes = FwdSizes<sizeof(E), kWidth>;
+  using Sizes::kQ, Sizes::kP;
   static constexpr int kN = kWidth, kWarps = kP / 16, kThreads = 32 * kWarps;
   static constexpr int kLdX = kP + F::kPadAcross, kLdN = kN + F::kPadAlong, kLdP = kQ + F::kPadAlong;
   alignas(16) E B[kQ * kLdN];
   alignas(16) E C[kQ * kLdN];
   alignas(16) E x[2][kQ * kLdX];
-  Steps<R, kQ> steps[2];
+  Steps<F, kQ> steps[2];
   alignas(16) E P[kQ * kLdP];
   alignas(16) E z[kQ * kLdX];  // allocated for z alone
   static constexpr int bytes(bool z) { return int(z ? sizeof(FwdTiles) : offsetof(FwdTiles, z)); }
@@ -162,7 +163,7 @@ struct Forward {
   }
 
   // The blocks of P on and below the diagonal.
-  __device__ void make_pairs(const Steps<R, kQ>& steps) const {
+  __device__ void make_pairs(const Steps<F, kQ>& steps) const {
     constexpr int kRowBlocks = kQ / 16, kColumns = kQ * kRowBlocks / T::kWarps;
     const int block = warp % kRowBlocks, first_column = warp / kRowBlocks * kColumns;
     R sums[kColumns / 8][4] = {};
@@ -172,12 +173,13 @@ struct Forward {
       multiply_columns<F, false>(sums, F::left(tiles.C + block * 16 * T::kLdN + k, T::kLdN),
                                  tiles.B + first_column * T::kLdN + k, T::kLdN, below);
     const int i = block * 16 + lane / 4;
-    const R s[2] = {steps.s[i], steps.s[i + 8]};
+    const typename F::Sum s[2] = {steps.s[i], steps.s[i + 8]};
 #pragma unroll
     for (int tile = 0; tile < kColumns / 8; ++tile) {
       if (!below(tile / 2)) continue;
       const int j = first_column + 8 * tile + lane % 4 * 2;
-      const R s_j[2] = {steps.s[j], steps.s[j + 1]}, delta[2] = {steps.delta[j], steps.delta[j + 1]};
+      const typename F::Sum s_j[2] = {steps.s[j], steps.s[j + 1]};
+      const R delta[2] = {steps.delta[j], steps.delta[j + 1]};
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
         R pair[2];
@@ -191,7 +193,7 @@ struct Forward {
   }
 
   // Y^T of this warp's channels from H, and H after the chunk. Does not read P.
-  __device__ void pass_state(const E* x, const Steps<R, kQ>& steps, R (&y)[kQ / 8][4]) {
+  __device__ void pass_state(const E* x, const Steps<F, kQ>& steps, R (&y)[kQ / 8][4]) {
 #pragma unroll
     for (int k = 0; k < kN; k += 16)
       multiply_columns<F, false>(y, F::from_sums(state[k / 8], state[k / 8 + 1]), tiles.C + k, T::kLdN);
@@ -264,7 +266,7 @@ struct Forward {
   }
 
   __device__ void run() {
-    using WarpSteps = LaneSteps<R, kQ>;
+    using WarpSteps = LaneSteps<F, kQ>;
     Chunk chunk = chunk_from(cell_end);
     if (chunk.tokens == 0) return;
     load_BC(chunk);
@@ -272,7 +274,7 @@ struct Forward {
     commit_copies();
     if (warp == 0) WarpSteps(a.p, row, chunk.begin, head, parameters, chunk.tokens).store(tiles.steps[0]);
     for (int turn = 0; chunk.tokens; turn ^= 1) {
-      const Steps<R, kQ>& steps = tiles.steps[turn];
+      const Steps<F, kQ>& steps = tiles.steps[turn];
       const Chunk next = chunk_from(chunk.begin + chunk.tokens);
       wait_for_copies();
       __syncthreads();

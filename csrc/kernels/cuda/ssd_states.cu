@@ -42,7 +42,7 @@ struct EndsTiles {
   struct Item {
     alignas(16) R weight[kQ];
     int64_t begin, state;  // row of the states that take the place of H or G, -1: zeros
-    R total, decay;
+    R decay;
     int tokens;
     bool edge;
   };
@@ -101,19 +101,16 @@ struct Ends {
     const int tokens = int(end - begin);
     constexpr int kPerLane = (kQ + 31) / 32;
     const HeadParameters<R> head(a.fwd, head_of(i));
-    const LaneSteps<R, kQ> steps(a.fwd, row, begin, head_of(i), head, tokens);
+    const LaneSteps<F, kQ> steps(a.fwd, row, begin, head_of(i), head, tokens);
 #pragma unroll
     for (int k = 0; k < kPerLane; ++k) {
       const int t = threadIdx.x % 32 * kPerLane + k;
-      if (t < kQ)
-        item.weight[t] =
-            reverse ? exp2_of(steps.s[k]) : exp2_of(steps.total - steps.s[k]) * steps.step[k].delta;
+      if (t < kQ) item.weight[t] = reverse ? steps.from_start(k) : steps.to_end(k) * steps.delta[k];
     }
     if (threadIdx.x % 32 != 0) return;
     item.begin = tokens ? begin : 0;
     item.tokens = tokens;
-    item.total = steps.total;
-    item.decay = exp2_of(steps.total);
+    item.decay = steps.decay();
     item.edge = tokens && is_edge(a.seqs, row, reverse ? end : begin, dims.l);
     item.state = !item.edge ? -1
                  : reverse  ? state_row_out(a.seqs, row, end, dims.l)
@@ -158,7 +155,7 @@ struct Ends {
     }
   }
 
-  __device__ void store(int64_t head, R log_decay, bool cut) {
+  __device__ void store(int64_t head, R decay) {
     const int64_t slot = (row * pieces.count + piece) * dims.h + head, ldn = ssd_padded_n(dims);
     const int64_t at = (slot * dims.p + first_p + first_row) * ldn + first_column;
     void* states = reverse ? pieces.states[1] : pieces.states[0];
@@ -168,14 +165,13 @@ struct Ends {
       store_state_pairs<F>(static_cast<E*>(states) + at, ldn, state, channels - first_row,
                            ldn - first_column);
     if (first_p == 0 && threadIdx.x == 0)
-      static_cast<R*>(reverse ? pieces.decays[1] : pieces.decays[0])[slot] = cut ? R(0) : exp2_of(log_decay);
+      static_cast<R*>(reverse ? pieces.decays[1] : pieces.decays[0])[slot] = decay;
   }
 
   __device__ void run() {
     const int64_t count = min(int64_t(a.heads), dims.h - first_head) * pieces.cells;
     int in_B = 0;  // the tile that holds B
-    R log_decay = 0;
-    bool cut = false;
+    R decay = 0;   // of the piece so far
     for (int64_t first = 0; first < count; first += kEndWarps) {
       const int some = int(min(count - first, int64_t(kEndWarps)));
       __syncthreads();
@@ -198,13 +194,11 @@ struct Ends {
 
         if (i % pieces.cells == 0) {
           load_state<kColumns / 8, R>(state, nullptr, 0, 0, 0);
-          log_decay = 0;
-          cut = false;
+          decay = 1;
         }
         add(tiles.x[k % 2], tiles.B[in_B], i, item);
-        log_decay += item.total;
-        cut |= item.edge;
-        if ((i + 1) % pieces.cells == 0) store(head_of(i), log_decay, cut);
+        decay *= item.edge ? R(0) : item.decay;
+        if ((i + 1) % pieces.cells == 0) store(head_of(i), decay);
         if (other_B) in_B = 1 - in_B;
       }
     }

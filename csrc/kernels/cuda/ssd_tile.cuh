@@ -84,9 +84,8 @@ __device__ inline void load_tokens(typename F::Element* tile, int ld, const Rows
 
 // Tokens of a cell of the states that lie in memory, at most; a forward's are no longer.
 template <class F, int kN>
-inline constexpr int kCellTokens = (kN <= 128 ? 64 : 32) * 4 / (sizeof(typename F::Element) == 8 ? 8 : 4);
-template <int kN>
-inline constexpr int kCellTokens<Bf16, kN> = 64;
+inline constexpr int kCellTokens =
+    sizeof(typename F::Element) == 2 ? 64 : (kN <= 128 ? 64 : 32) / (sizeof(typename F::Element) / 4);
 
 // Two neighbouring values of a row of which `left` are left.
 template <class F>
@@ -102,32 +101,34 @@ __device__ inline void store_two(const Rows& to, int64_t offset, int64_t stride,
 
 // ---- Steps of a chunk
 
-template <class R, int kQ>
+template <class F, int kQ>
 struct alignas(16) Steps {
-  R raw[kQ], delta[kQ];  // delta: 0 past the end
-  R s[kQ];               // constant past the end
-  R from_start[kQ];      // 2^s_i
-  R to_end[kQ];          // 2^(T - s_j)
-  R weight[kQ];          // 2^(T - s_j) delta_j
-  R total, decay;        // T, 2^T
+  using R = typename F::Real;
+  typename F::Sum s[kQ];  // constant past the end
+  R delta[kQ];            // 0 past the end
+  R from_start[kQ];       // 2^s_i
+  R weight[kQ];           // 2^(T - s_j) delta_j
+  R decay;                // 2^T
 };
 
+// In double: a decay is as exact as the difference of two sums.
 template <class R>
 struct HeadParameters {
-  R rate, bias;  // A log2(e)
+  double rate;  // A log2(e)
+  R bias;
 
   __device__ HeadParameters(const SsdFwd& p, int64_t head)
-      : rate(load_one<R>(p.A, head * p.A.stride[0]) * R(kLog2e)),
+      : rate(load_one<R>(p.A, head * p.A.stride[0]) * kLog2e),
         bias(p.dt_bias.data ? load_one<R>(p.dt_bias, head * p.dt_bias.stride[0]) : R(0)) {}
 };
 
-// The steps of a chunk in one warp, kPerLane tokens to a lane: 0 past the end, where s stays the total. s is
-// summed in double: a decay is as exact as the difference of two s.
-template <class R, int kQ>
+// The steps of a chunk in one warp, kPerLane tokens to a lane.
+template <class F, int kQ>
 struct LaneSteps {
+  using R = typename F::Real;
   static constexpr int kPerLane = (kQ + 31) / 32;
-  Step<R> step[kPerLane];
-  R s[kPerLane], total;
+  R delta[kPerLane];
+  double s[kPerLane], total;
 
   __device__ LaneSteps(const SsdFwd& p, int64_t row, int64_t t, int64_t head,
                        const HeadParameters<R>& parameters, int tokens) {
@@ -150,23 +151,24 @@ struct LaneSteps {
                   : R(0);
     }
   }
-  __device__ void store(Steps<R, kQ>& steps) const {
+  __device__ R from_start(int k) const { return exp2_of(R(s[k])); }
+  __device__ R to_end(int k) const { return exp2_of(R(total - s[k])); }
+  // Many of these are multiplied: for float in double, as ex2.approx errs to one side.
+  __device__ R decay() const {
+    using Exact = std::conditional_t<std::is_same_v<typename F::Sum, float>, float, double>;
+    return R(exp2_of(Exact(total)));
+  }
+  __device__ void store(Steps<F, kQ>& steps) const {
 #pragma unroll
     for (int k = 0; k < kPerLane; ++k) {
       const int i = threadIdx.x % 32 * kPerLane + k;
       if (i >= kQ) continue;
-      const R to_end = exp2_of(total - s[k]);
-      steps.raw[i] = step[k].raw;
-      steps.delta[i] = step[k].delta;
-      steps.s[i] = s[k];
-      steps.from_start[i] = exp2_of(s[k]);
-      steps.to_end[i] = to_end;
-      steps.weight[i] = to_end * step[k].delta;
+      steps.s[i] = typename F::Sum(s[k]);
+      steps.delta[i] = delta[k];
+      steps.from_start[i] = from_start(k);
+      steps.weight[i] = to_end(k) * delta[k];
     }
-    if (threadIdx.x % 32 == 0) {
-      steps.total = total;
-      steps.decay = exp2_of(total);
-    }
+    if (threadIdx.x % 32 == 0) steps.decay = decay();
   }
 
  private:
@@ -175,15 +177,15 @@ struct LaneSteps {
     double sum = 0;
 #pragma unroll
     for (int k = 0; k < kPerLane; ++k) {
-      step[k] = make_step(dt[k], head.bias, dims);
-      if (int(threadIdx.x % 32) * kPerLane + k >= tokens) step[k].delta = 0;
-      sum += double(step[k].delta) * head.rate;
+      delta[k] = make_step(dt[k], head.bias, dims).delta;
+      if (int(threadIdx.x % 32) * kPerLane + k >= tokens) delta[k] = 0;
+      sum += delta[k] * head.rate;
     }
     double before = inclusive_sum(sum);
-    total = R(__shfl_sync(kAllLanes, before, 31));
+    total = __shfl_sync(kAllLanes, before, 31);
     before -= sum;
 #pragma unroll
-    for (int k = 0; k < kPerLane; ++k) s[k] = R(before += double(step[k].delta) * head.rate);
+    for (int k = 0; k < kPerLane; ++k) s[k] = before += delta[k] * head.rate;
   }
 };
 
@@ -239,12 +241,14 @@ __device__ inline void scale(R (&sums)[kTiles][4], R factor) {
 
 // ---- Host
 
-// f.template operator()<F>() with the type of the factors for x's type: float16 as float32, for its range.
+// f.template operator()<F>() with the type of the factors for x's type.
 template <class Function>
 auto by_factors(DType x, Function f) {
   switch (x) {
     case DType::bf16:
       return f.template operator()<Bf16>();
+    case DType::f16:
+      return f.template operator()<Float16>();
     case DType::f64:
       return f.template operator()<Float64>();
     default:
