@@ -46,7 +46,8 @@ struct HalfFactors {
   __device__ static void right(Right (&b)[kColumns], const E* tile, int ld) {
     const int lane = threadIdx.x % 32;
     load_pairs(b, [&](uint32_t (&w)[4], int i) {
-      load_matrices(w, tile + (8 * i + lane % 8 + (kColumns > 1 ? lane / 16 * 8 : 0)) * ld + lane / 8 % 2 * 8);
+      load_matrices(w,
+                    tile + (8 * i + lane % 8 + (kColumns > 1 ? lane / 16 * 8 : 0)) * ld + lane / 8 % 2 * 8);
     });
   }
   template <int kColumns>

@@ -61,9 +61,10 @@ struct FwdTiles : FwdSizes<sizeof(typename F::Element), kWidth> {
   using Sizes = FwdSizes<sizeof(E), kWidth>;
   using Sizes::kQ, Sizes::kP;
   static constexpr int kN = kWidth, kWarps = kP / 16, kThreads = 32 * kWarps;
-  static constexpr int kLdX = kP + F::kPadAcross, kLdN = kN + F::kPadAlong, kLdP = kQ + F::kPadAlong;
-  alignas(16) E B[kQ * kLdN];
-  alignas(16) E C[kQ * kLdN];
+  static constexpr int kLdX = kP + F::kPadAcross, kLdP = kQ + F::kPadAlong;
+  static constexpr int kLdB = kN + F::kPadAcross, kLdC = kN + F::kPadAlong;
+  alignas(16) E B[kQ * kLdB];
+  alignas(16) E C[kQ * kLdC];
   alignas(16) E x[2][kQ * kLdX];
   Steps<F, kQ> steps[2];
   alignas(16) E P[kQ * kLdP];
@@ -113,9 +114,9 @@ struct Forward {
 
   __device__ void load_BC(const Chunk& chunk) const {
     const SsdDims& dims = a.p.dims;
-    load_tokens<F, kQ, kN, T::kThreads>(tiles.C, T::kLdN, a.C, row, chunk.begin,
+    load_tokens<F, kQ, kN, T::kThreads>(tiles.C, T::kLdC, a.C, row, chunk.begin,
                                         head / (dims.h / dims.groups_C), 0, chunk.tokens, int(dims.n));
-    load_tokens<F, kQ, kN, T::kThreads>(tiles.B, T::kLdN, a.B, row, chunk.begin,
+    load_tokens<F, kQ, kN, T::kThreads>(tiles.B, T::kLdB, a.B, row, chunk.begin,
                                         head / (dims.h / dims.groups_B), 0, chunk.tokens, int(dims.n));
   }
   __device__ void load_channels(E* tile, const Rows& from, const Chunk& chunk) const {
@@ -168,10 +169,10 @@ struct Forward {
     const int block = warp % kRowBlocks, first_column = warp / kRowBlocks * kColumns;
     R sums[kColumns / 8][4] = {};
     const auto below = [&](int i) { return first_column / 16 + i <= block; };
-#pragma unroll
+#pragma unroll 2
     for (int k = 0; k < kN; k += 16)
-      multiply_columns<F, false>(sums, F::left(tiles.C + block * 16 * T::kLdN + k, T::kLdN),
-                                 tiles.B + first_column * T::kLdN + k, T::kLdN, below);
+      multiply_columns<F, false>(sums, F::left(tiles.C + block * 16 * T::kLdC + k, T::kLdC),
+                                 tiles.B + first_column * T::kLdB + k, T::kLdB, below);
     const int i = block * 16 + lane / 4;
     const typename F::Sum s[2] = {steps.s[i], steps.s[i + 8]};
 #pragma unroll
@@ -196,7 +197,7 @@ struct Forward {
   __device__ void pass_state(const E* x, const Steps<F, kQ>& steps, R (&y)[kQ / 8][4]) {
 #pragma unroll
     for (int k = 0; k < kN; k += 16)
-      multiply_columns<F, false>(y, F::from_sums(state[k / 8], state[k / 8 + 1]), tiles.C + k, T::kLdN);
+      multiply_columns<F, false>(y, F::from_sums(state[k / 8], state[k / 8 + 1]), tiles.C + k, T::kLdC);
 #pragma unroll
     for (int tile = 0; tile < kQ / 8; ++tile) {
       R decay[2];
@@ -205,10 +206,10 @@ struct Forward {
       for (int k = 0; k < 4; ++k) y[tile][k] *= decay[k % 2];
     }
     scale(state, steps.decay);
-#pragma unroll
+#pragma unroll 1
     for (int k = 0; k < kQ; k += 16) {
       const auto left = F::left_turned(x + k * T::kLdX + 16 * warp, T::kLdX);
-      multiply_columns<F, true>(state, F::weighted(left, steps.weight + k), tiles.B + k * T::kLdN, T::kLdN);
+      multiply_columns<F, true>(state, F::weighted(left, steps.weight + k), tiles.B + k * T::kLdB, T::kLdB);
     }
   }
 

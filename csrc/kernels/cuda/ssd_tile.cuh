@@ -27,6 +27,29 @@ Rows rows_of(const View& v, std::initializer_list<int64_t> sizes) {
   return {v, direct};
 }
 
+// load_tile for any strides and a storage type S. Out of line: it is long, and would be there for every tile.
+template <class S, class E>
+__device__ __noinline__ void convert_tile(E* tile, int ld, const void* from, int64_t row_stride,
+                                          int64_t column_stride, int rows, int columns, int tile_rows,
+                                          int tile_columns) {
+  constexpr int kBatch = 8;  // loads in flight
+  const S* data = static_cast<const S*>(from);
+  const int count = tile_rows * tile_columns;
+  for (int first = threadIdx.x; first < count; first += kBatch * blockDim.x) {
+    S v[kBatch];
+#pragma unroll
+    for (int k = 0; k < kBatch; ++k) {
+      const int i = first + k * blockDim.x, row = i / tile_columns, column = i % tile_columns;
+      v[k] = row < rows && column < columns ? data[row * row_stride + column * column_stride] : S{};
+    }
+#pragma unroll
+    for (int k = 0; k < kBatch; ++k) {
+      const int i = first + k * blockDim.x;
+      if (i < count) tile[i / tile_columns * ld + i % tile_columns] = from_real<E>(Real<E>(to_real(v[k])));
+    }
+  }
+}
+
 // Rows [0, rows) and columns [0, columns) of what lies at `offset`, zeros beyond, into a (kRows, kColumns)
 // tile. For other threads to see after wait_for_copies() and a barrier.
 template <class F, int kRows, int kColumns, int kThreads>
@@ -48,23 +71,9 @@ __device__ inline void load_tile(typename F::Element* tile, int ld, const Rows& 
     }
     return;
   }
-  const auto convert = [&]<class T>() {
-    constexpr int kBatch = 8;  // loads in flight
-    const T* data = static_cast<const T*>(from.view.data) + offset;
-    for (int first = threadIdx.x; first < kRows * kColumns; first += kBatch * kThreads) {
-      T v[kBatch];
-#pragma unroll
-      for (int k = 0; k < kBatch; ++k) {
-        const int i = first + k * kThreads, row = i / kColumns, column = i % kColumns;
-        v[k] = row < rows && column < columns ? data[row * row_stride + column * column_stride] : T{};
-      }
-#pragma unroll
-      for (int k = 0; k < kBatch; ++k) {
-        const int i = first + k * kThreads;
-        if (i < kRows * kColumns)
-          tile[i / kColumns * ld + i % kColumns] = from_real<E>(typename F::Real(to_real(v[k])));
-      }
-    }
+  const auto convert = [&]<class S>() {
+    convert_tile<S>(tile, ld, static_cast<const S*>(from.view.data) + offset, row_stride, column_stride, rows,
+                    columns, kRows, kColumns);
   };
   if (from.view.dtype == F::kType)
     convert.template operator()<E>();
