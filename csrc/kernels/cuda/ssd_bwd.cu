@@ -7,7 +7,8 @@
 //   da_t = sum_{i >= t} (sum_j W_ij - sum_m W_mi) + sum_{i >= t} r_i + sum_{j < t} k_j + 2^T <G, H>
 //   ddelta_j = x_j . dX_j + A da_j;   dA = sum delta da
 //
-// 1, 2: ssd_states: H before every cell, and G, the gradient of the state after it.
+// 1: ssd_ends, where there are too few rows and heads: they are cut into pieces.
+// 2: ssd_states: H before every cell, and G, the gradient of the state after it.
 //
 // 3: ssd_backward: a block owns a cell of one row and a few heads that share B and C. It goes through the
 // heads, kP channels at a time, with C B^T, its gradient, dB and dC in registers: kQ / 16 x kGroups warps, 16
@@ -21,13 +22,13 @@
 //
 // No atomics, every order is fixed by the sizes and the GPU's kind: bitwise repeatable. Nothing but the
 // inputs is saved. Workspace: the states of cells, in the factors' type, for spans of the sequences that take
-// at most kSpanBytes together (at least one cell); longer calls run 1 to 3 for span after span from the
-// right, after one pass for H before every span. Beside that the partial sums of 4, of which those of dB and
-// dC are not needed where one block has all heads of a group. Bound by memory: x, dy, dx once, 4 states a
-// cell each way.
+// at most kSpanBytes together (at least one cell): longer calls run 2 and 3 for span after span. Beside that
+// the ends of 1 and the partial sums of 4, of which those of dB and dC are not needed where one block has all
+// heads of a group. Bound by instructions.
 #include <algorithm>
 
 #include "kernels/cuda/ssd_bwd.cuh"
+#include "kernels/cuda/ssd_pieces.cuh"
 
 namespace mamba_ops {
 
@@ -116,29 +117,34 @@ __global__ void pass_all_gradients(const R* from, R* to, int64_t count, const Se
 
 // How a call is cut, and where its workspace lies.
 struct BwdPlan {
-  int64_t q, cells, span, spans;  // tokens of a cell; cells of a row, of a span; spans
-  int64_t heads;                  // of a block
-  int64_t starts, carry, states, decays, sums, partial_BC, bytes;  // offsets, -1: not needed
+  SsdPieces pieces;
+  int64_t span;                                           // pieces whose states are held at once
+  int64_t heads;                                          // of a block
+  int64_t ends, decays, states, sums, partial_BC, bytes;  // offsets, -1: not needed
 
   template <class F, int kN>
   static BwdPlan of(SsdDims dims, int64_t sums_width) {
     using T = BwdTiles<F, kN>;
     using R = typename F::Real;
     BwdPlan plan{};
-    plan.q = std::min<int64_t>(dims.q, T::kQ);
-    plan.cells = ceil_div(dims.l, plan.q);
-    const int64_t size = dims.p * ssd_padded_n(dims);
-    const int64_t cell_bytes = dims.b * dims.h * size * int64_t(sizeof(typename F::Element));
-    plan.span = std::clamp<int64_t>(kSpanBytes / std::max<int64_t>(2 * cell_bytes, 1), 1,
-                                    std::max<int64_t>(plan.cells, 1));
-    plan.spans = ceil_div(plan.cells, plan.span);
+    SsdPieces& pieces = plan.pieces;
+    pieces.q = std::min<int64_t>(dims.q, T::kQ);
+    const int64_t cells = ceil_div(dims.l, pieces.q), row_heads = dims.b * dims.h;
+    const int64_t cell_bytes = row_heads * dims.p * ssd_padded_n(dims) * int64_t(sizeof(typename F::Element));
+    const int64_t at_once = std::clamp<int64_t>(kSpanBytes / std::max<int64_t>(2 * cell_bytes, 1), 1,
+                                                std::max<int64_t>(cells, 1));
+    // Pieces where whole rows are too few blocks for the states.
+    const int64_t processors = multiprocessors();
+    const int64_t blocks = std::max<int64_t>(2 * row_heads * ceil_div(dims.p, 64), 1);
+    const int64_t wanted = std::clamp<int64_t>(2 * processors / blocks, 1, most_pieces(at_once));
+    const bool spans = at_once < cells;
+    pieces.cells = spans ? at_once / wanted : ceil_div(at_once, wanted);
+    pieces.count = ceil_div(cells, pieces.cells);
+    plan.span = spans ? at_once / pieces.cells : std::max<int64_t>(pieces.count, 1);
 
     // As few blocks of heads as keep the GPU busy: each has partial sums of dB and dC.
-    int device = 0, processors = 0;
-    cudaGetDevice(&device);
-    cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device);
     const int64_t share = std::max<int64_t>(dims.sharing(), 1);
-    const int64_t others = std::max<int64_t>(dims.b * std::min(plan.cells, plan.span) * (dims.h / share), 1);
+    const int64_t others = std::max<int64_t>(dims.b * std::min(cells, at_once) * (dims.h / share), 1);
     plan.heads = ceil_div(share, std::clamp<int64_t>(ceil_div(4 * processors, others), 1, share));
     dims.heads = plan.heads;
 
@@ -148,12 +154,11 @@ struct BwdPlan {
       return at;
     };
     const bool whole_groups = dims.blocks_per_share() == 1 && dims.groups_B == dims.groups_C;
-    const int64_t row_heads = dims.b * dims.h;
-    plan.starts = take(plan.spans > 1, plan.spans * row_heads * size, sizeof(R));
-    plan.carry = take(plan.spans > 1, row_heads * size, sizeof(R));
-    plan.states = take(true, 2 * aligned(plan.span * cell_bytes), 1);
-    plan.decays = take(true, 2 * std::max(plan.span, plan.spans) * row_heads, sizeof(R));
-    plan.sums = take(true, plan.cells * row_heads * sums_width, sizeof(R));
+    const bool split = pieces.count > 1;
+    plan.ends = take(split, 2 * pieces.size(dims), sizeof(R));
+    plan.decays = take(split, 2 * pieces.heads(dims), sizeof(R));
+    plan.states = take(true, 2 * plan.span * pieces.cells * cell_bytes, 1);
+    plan.sums = take(true, cells * row_heads * sums_width, sizeof(R));
     plan.partial_BC =
         take(!whole_groups, dims.head_blocks() * dims.b * dims.l * 2 * ssd_padded_n(dims), sizeof(R));
     return plan;
@@ -163,6 +168,7 @@ struct BwdPlan {
 template <class F, int kN>
 struct BwdLaunch {
   using T = BwdTiles<F, kN>;
+  using E = typename F::Element;
   using R = typename F::Real;
   BwdArgs a;
   BwdPlan plan;
@@ -203,6 +209,7 @@ struct BwdLaunch {
          .cells = 0,
          .first_cell = 0,
          .count = 0,
+         .slots = 0,
          .before = {},
          .sums = nullptr,
          .partial_BC = nullptr};
@@ -211,49 +218,26 @@ struct BwdLaunch {
     a.blocks = a.p.fwd.dims.head_blocks();
     a.share = dims.sharing();
     a.per_share = a.p.fwd.dims.blocks_per_share();
-    a.q = plan.q;
-    a.cells = plan.cells;
+    a.q = plan.pieces.q;
+    a.cells = ceil_div(dims.l, a.q);
     a.sums = at(plan.sums);
     a.partial_BC = at(plan.partial_BC);
   }
 
   void* at(int64_t offset) const { return offset < 0 ? nullptr : workspace + offset; }
-  SsdPieces pieces(int64_t cells, int64_t first, int64_t count) const {
-    SsdPieces result{};
-    result.q = plan.q;
-    result.cells = cells;
-    result.begin = first * plan.q;
-    result.count = count;
-    return result;
-  }
 
-  const char* find_starts() const {
-    SsdPieces whole = pieces(plan.span, 0, plan.spans);
-    whole.states[0] = at(plan.starts);
-    whole.decays[0] = at(plan.decays);
-    whole.wide = true;
-    return ssd_states(a.p, a.seqs, whole, stream);
-  }
-
-  const char* run_span(int64_t span) {
+  const char* run_span(int64_t first) {
     const SsdDims& dims = a.p.fwd.dims;
-    const int64_t size = dims.h * dims.p * ssd_padded_n(dims);
-    a.first_cell = span * plan.span;
-    a.count = std::min(plan.span, plan.cells - a.first_cell);
-    SsdPieces cells = pieces(1, a.first_cell, a.count);
-    const int64_t states = aligned(plan.span * dims.b * size * int64_t(sizeof(typename F::Element)));
-    for (int i = 0; i < 2; ++i) {
-      a.before[i] = cells.states[i] = workspace + plan.states + i * states;
-      cells.decays[i] = static_cast<R*>(at(plan.decays)) + i * plan.span * dims.b * dims.h;
-    }
-    if (plan.spans > 1) {
-      cells.carry_in[0] = static_cast<R*>(at(plan.starts)) + span * size;
-      cells.carry_stride[0] = plan.spans * size;
-      cells.carry_in[1] = span + 1 < plan.spans ? at(plan.carry) : nullptr;
-      cells.carry_stride[1] = size;
-      cells.carry_out = at(plan.carry);
-    }
-    if (const char* error = ssd_states(a.p, a.seqs, cells, stream)) return error;
+    const SsdPieces& pieces = plan.pieces;
+    const int64_t some = std::min(plan.span, pieces.count - first);
+    a.first_cell = first * pieces.cells;
+    a.count = std::min(some * pieces.cells, a.cells - a.first_cell);
+    a.slots = some * pieces.cells;
+    const int64_t size = a.slots * dims.b * dims.h * dims.p * ssd_padded_n(dims);
+    E* const H = static_cast<E*>(at(plan.states));
+    a.before[0] = H;
+    a.before[1] = H + size;
+    if (const char* error = ssd_states(a.p, a.seqs, pieces, first, some, H, H + size, stream)) return error;
     const int64_t blocks = dims.b * a.count * a.blocks;
     if (blocks > INT_MAX) return "more blocks than one launch may have";
     const int bytes = sizeof(T);
@@ -264,10 +248,17 @@ struct BwdLaunch {
 
   const char* run() {
     const SsdDims& dims = a.p.fwd.dims;
-    if (plan.spans > 1 && dims.b * dims.h > 0)
-      if (const char* error = find_starts()) return error;
-    for (int64_t span = dims.b * dims.h > 0 ? plan.spans - 1 : -1; span >= 0; --span)
-      if (const char* error = run_span(span)) return error;
+    SsdPieces& pieces = plan.pieces;
+    const bool empty = dims.b * dims.l * dims.h == 0;
+    if (pieces.count > 1 && !empty) {
+      for (int i = 0; i < 2; ++i) {
+        pieces.ends[i] = static_cast<R*>(at(plan.ends)) + i * pieces.size(dims);
+        pieces.decays[i] = static_cast<R*>(at(plan.decays)) + i * pieces.heads(dims);
+      }
+      if (const char* error = ssd_ends(a.p, a.seqs, pieces, stream)) return error;
+    }
+    for (int64_t first = 0; first < pieces.count && !empty; first += plan.span)
+      if (const char* error = run_span(first)) return error;
     const int64_t values = dims.b * dims.l * std::max(dims.groups_B, dims.groups_C) * dims.n;
     const int64_t blocks = dims.h * a.sums_width() + std::clamp<int64_t>(values / kReduceThreads, 1, 8192);
     ssd_reduce<R><<<unsigned(blocks), kReduceThreads, 0, stream>>>(a);

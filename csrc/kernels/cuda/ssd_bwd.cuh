@@ -102,7 +102,7 @@ struct Backward {
                                      given ? at.channels : 0, int(dims.n));
       return;
     }
-    const int64_t ldn = ssd_padded_n(dims), slot = (row * a.count + cell - a.first_cell) * dims.h + at.head;
+    const int64_t ldn = ssd_padded_n(dims), slot = (row * a.slots + cell - a.first_cell) * dims.h + at.head;
     const Rows cells{{.data = const_cast<void*>(a.before[direction]), .dtype = F::kType, .stride = {}}, true};
     load_tile<F, kP, kN, kThreads>(tile, T::kLdS, cells, (slot * dims.p + at.first_p) * ldn, ldn, 1,
                                    at.channels, int(ldn));

@@ -15,9 +15,10 @@ struct BwdArgs {
   int64_t blocks, share, per_share;  // of heads: blocks in all, heads that share B and C, their blocks
   int64_t q, cells;                  // tokens of a cell, cells of a row
   int64_t first_cell, count;         // of this launch
-  const void* before[2];             // (b, count, h, p, padded n): states before the cells, gradients after
-  void* sums;                        // (b, cells, h, 2 + D's width): dA, ddt_bias, dD
-  void* partial_BC;  // (head blocks, b, l, 2, padded n); null: one block has all heads of a group
+  int64_t slots;
+  const void* before[2];  // (b, slots, h, p, padded n): states before the cells, gradients after
+  void* sums;             // (b, cells, h, 2 + D's width): dA, ddt_bias, dD
+  void* partial_BC;       // (head blocks, b, l, 2, padded n); null: one block has all heads of a group
 
   __host__ __device__ int64_t sums_width() const {
     return 2 + (p.dD.data ? p.fwd.dims.D_per_channel ? p.fwd.dims.p : 1 : 0);

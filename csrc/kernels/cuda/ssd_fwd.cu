@@ -14,13 +14,13 @@
 //
 // A run that begins takes its initial state's row, one that ends leaves its final state's; sequences without
 // tokens are copied by the block of the run that follows them. Where there are too few blocks, sequences are
-// cut into pieces whose first states ssd_states finds: three launches instead of one. No atomics, every order
-// is fixed by the sizes and the GPU's kind: bitwise repeatable. Bound by mma.sync and shared memory together;
-// float32 by mma.sync.
+// cut into pieces, and ssd_ends finds what each makes of nothing: two launches instead of one. No atomics,
+// every order is fixed by the sizes and the GPU's kind: bitwise repeatable. Bound by mma.sync and shared
+// memory together; float32 by mma.sync.
 #include <algorithm>
 
 #include "kernels/cuda/ssd.h"
-#include "kernels/cuda/ssd_states.h"
+#include "kernels/cuda/ssd_pieces.cuh"
 #include "kernels/cuda/ssd_tile.cuh"
 
 namespace mamba_ops {
@@ -34,8 +34,7 @@ struct FwdArgs {
   Sequences seqs;
   int64_t states;  // rows of states
   Rows x, z, y, B, C;
-  int64_t q, cells, pieces;  // tokens of a cell, cells of a piece, pieces of a row
-  const void* entering;      // (b, pieces, h, p, padded n): states before the pieces
+  SsdPieces pieces;
 };
 
 // Sizes by the bytes of a factor and the width that holds n. kBlocks: of a multiprocessor.
@@ -102,13 +101,13 @@ struct Forward {
         first_p(p),
         channels(int(min(args.p.dims.p - p, int64_t(kP)))),
         parameters(args.p, h) {
-    cell_end = piece * a.cells * a.q;
-    piece_end = min(cell_end + a.cells * a.q, a.p.dims.l);
+    cell_end = piece * a.pieces.cells * a.pieces.q;
+    piece_end = min(cell_end + a.pieces.cells * a.pieces.q, a.p.dims.l);
   }
 
   __device__ Chunk chunk_from(int64_t t) {
     if (t >= piece_end) return {t, 0};
-    if (t == cell_end) cell_end = min(cell_end + a.q, piece_end);
+    if (t == cell_end) cell_end = min(cell_end + a.pieces.q, piece_end);
     return {t, int(first_start(a.seqs, row, t, cell_end) - t)};
   }
 
@@ -145,11 +144,10 @@ struct Forward {
       load_state(state, k >= 0 ? from : nullptr, dims.n, channels - first_row, dims.n);
       if (a.seqs.cu_seqlens.data)
         pass_states(chunk.begin == 0 ? 0 : state_row(a.seqs, row, chunk.begin - 1) + 1, k);
-    } else if (chunk.begin == piece * a.cells * a.q) {
-      const int64_t ldn = ssd_padded_n(dims);
-      const R* from = static_cast<const R*>(a.entering) +
-                      (((row * a.pieces + piece) * dims.h + head) * dims.p + first_p + first_row) * ldn;
-      load_state(state, from, ldn, channels - first_row, dims.n);
+    } else if (chunk.begin == piece * a.pieces.cells * a.pieces.q) {
+      load_state<kN / 8, R>(state, nullptr, 0, 0, 0);
+      for (int64_t k = 0; k < piece; ++k)
+        pass_piece(state, dims, a.pieces, false, row, k, head, first_p + first_row, 0, channels - first_row);
     }
   }
   __device__ void leave(const Chunk& chunk) {
@@ -304,7 +302,7 @@ struct Forward {
   // What a pack with bad offsets gets.
   __device__ void fill_nan() const {
     const View& y = a.p.y;
-    const int64_t begin = piece * a.cells * a.q;
+    const int64_t begin = piece * a.pieces.cells * a.pieces.q;
     for (int64_t i = threadIdx.x; i < (piece_end - begin) * channels; i += T::kThreads)
       store_one(y,
                 row * y.stride[0] + (begin + i / channels) * y.stride[1] + head * y.stride[2] +
@@ -344,25 +342,22 @@ __global__ void pass_all_states(const R* from, R* to, int64_t count, const Seque
     to[i] = is_invalid(seqs) ? R(NAN) : from ? from[i] : R(0);
 }
 
-// How a call is cut: pieces of a row, where whole rows are too few blocks to fill the GPU.
-struct FwdPlan {
-  int64_t q, cells, pieces;
-
-  template <class F, int kN>
-  static FwdPlan of(const SsdDims& dims) {
-    using T = FwdTiles<F, kN>;
-    constexpr int64_t kFewestTokens = 1024;  // of a piece: their states are run twice
-    int device = 0, processors = 0;
-    cudaGetDevice(&device);
-    cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device);
-    const int64_t q = std::min<int64_t>(dims.q, T::kQ), cells = ceil_div(dims.l, q);
-    const int64_t blocks = dims.b * dims.h * ceil_div(dims.p, T::kP);
-    const int64_t wanted = std::clamp<int64_t>(T::kBlocks * processors / std::max<int64_t>(blocks, 1), 1,
-                                               std::max<int64_t>(dims.l / kFewestTokens, 1));
-    const int64_t per_piece = ceil_div(cells, wanted);
-    return {q, per_piece, ceil_div(cells, std::max<int64_t>(per_piece, 1))};
-  }
-};
+// Pieces of the rows, where whole rows are too few blocks to fill the GPU.
+template <class F, int kN>
+SsdPieces pieces_of(const SsdDims& dims) {
+  using T = FwdTiles<F, kN>;
+  constexpr int64_t kFewestTokens = 1024;  // of a piece: their states are run twice
+  const int64_t q = std::min<int64_t>(dims.q, T::kQ), cells = ceil_div(dims.l, q);
+  const int64_t blocks = std::max<int64_t>(dims.b * dims.h * ceil_div(dims.p, T::kP), 1);
+  const int64_t wanted =
+      std::clamp<int64_t>(T::kBlocks * multiprocessors() / blocks, 1,
+                          std::max<int64_t>(std::min(dims.l / kFewestTokens, most_pieces(cells)), 1));
+  SsdPieces pieces{};
+  pieces.q = q;
+  pieces.cells = ceil_div(cells, wanted);
+  pieces.count = ceil_div(cells, std::max<int64_t>(pieces.cells, 1));
+  return pieces;
+}
 
 // f.template operator()<F, kN>() for the types and widths of a call.
 template <class Function>
@@ -378,7 +373,14 @@ const char* launch(const SsdFwd& p, const Sequences& seqs, int64_t states, void*
   using T = FwdTiles<F, kN>;
   using R = typename F::Real;
   const SsdDims& dims = p.dims;
-  const FwdPlan plan = FwdPlan::of<F, kN>(dims);
+  SsdPieces pieces = pieces_of<F, kN>(dims);
+  if (pieces.count > 1) {
+    SsdBwd inner{};
+    inner.fwd = p;
+    pieces.ends[0] = workspace;
+    pieces.decays[0] = static_cast<char*>(workspace) + aligned(pieces.size(dims) * sizeof(R));
+    if (const char* error = ssd_ends(inner, seqs, pieces, stream)) return error;
+  }
   const std::initializer_list<int64_t> tokens = {dims.b, dims.l, dims.h, dims.p};
   const FwdArgs a{.p = p,
                   .seqs = seqs,
@@ -388,24 +390,8 @@ const char* launch(const SsdFwd& p, const Sequences& seqs, int64_t states, void*
                   .y = rows_of<F>(p.y, tokens),
                   .B = rows_of<F>(p.B, {dims.b, dims.l, dims.groups_B, dims.n}),
                   .C = rows_of<F>(p.C, {dims.b, dims.l, dims.groups_C, dims.n}),
-                  .q = plan.q,
-                  .cells = plan.cells,
-                  .pieces = plan.pieces,
-                  .entering = workspace};
-  if (plan.pieces > 1) {
-    SsdBwd inner{};
-    inner.fwd = p;
-    const int64_t ends = dims.b * plan.pieces * dims.h * dims.p * ssd_padded_n(dims) * sizeof(R);
-    SsdPieces pieces{};
-    pieces.q = plan.q;
-    pieces.cells = plan.cells;
-    pieces.count = plan.pieces;
-    pieces.states[0] = workspace;
-    pieces.decays[0] = static_cast<char*>(workspace) + aligned(ends);
-    pieces.wide = true;
-    if (const char* error = ssd_states(inner, seqs, pieces, stream)) return error;
-  }
-  const int64_t blocks = plan.pieces * dims.b * dims.h * ceil_div(dims.p, T::kP);
+                  .pieces = pieces};
+  const int64_t blocks = pieces.count * dims.b * dims.h * ceil_div(dims.p, T::kP);
   if (blocks > INT_MAX) return "more blocks than one launch may have";
   const int bytes = T::bytes(bool(p.z));
   if (const char* error = allow_shared(ssd_forward<F, kN>, bytes)) return error;
@@ -420,10 +406,9 @@ const char* launch(const SsdFwd& p, const Sequences& seqs, int64_t states, void*
 int64_t ssd_fwd_portable_workspace(const SsdFwd& p, const Sequences&, int64_t) {
   using namespace gpu;
   return by_kernel(p, [&]<class F, int kN>() -> int64_t {
-    const FwdPlan plan = FwdPlan::of<F, kN>(p.dims);
-    if (plan.pieces <= 1) return 0;
-    const int64_t heads = p.dims.b * plan.pieces * p.dims.h, real = sizeof(typename F::Real);
-    return aligned(heads * p.dims.p * ssd_padded_n(p.dims) * real) + aligned(heads * real);
+    const SsdPieces pieces = pieces_of<F, kN>(p.dims);
+    const int64_t real = sizeof(typename F::Real);
+    return pieces.count > 1 ? aligned(pieces.size(p.dims) * real) + aligned(pieces.heads(p.dims) * real) : 0;
   });
 }
 

@@ -1,18 +1,21 @@
-// States of the SSD at the edges of pieces (math: kernels/ssd.h; per head, s from the cell's first token):
+// States of the SSD along the cells of pieces (math: kernels/ssd.h; per head, s from the cell's first token):
 //
-//   H <- 2^T H + sum_j (2^(T - s_j) delta_j x_j) B_j^T       forward, over the cells of a piece
-//   G <- 2^T G + sum_i (2^s_i go_i) C_i^T                    backward; go = dy silu(z)
+//   H <- 2^T H + sum_j (2^(T - s_j) delta_j x_j) B_j^T       from left to right
+//   G <- 2^T G + sum_i (2^s_i go_i) C_i^T                    from right to left; go = dy silu(z)
 //
-// state_ends: a block owns one piece of one row and direction, 64 channels of one head, or of 8 heads where a
-// piece is one cell; 8 warps, each with 16 rows of p and half the columns of n in registers. It goes through
-// items (head, cell), 8 at a time: first every warp makes the steps of one, then their products follow each
-// other, the next item's tiles arriving meanwhile. Only the run that reaches the far edge of a cell counts;
-// where it begins (ends) in the cell, its initial (final) state's row takes the place of H (G), and the
-// piece's decay is 0. Shared memory: two tiles of x or go (q x 64) and of B or C (q x n), and of z where
-// there is one. state_pass: every thread owns 16 bytes of a state and goes through the pieces: the state that
-// enters a piece replaces its end. Bound by memory. No atomics, every order is fixed: bitwise repeatable.
+// A block owns one piece of one row and direction, and 64 channels of one head: 8 warps, each with 16 rows of
+// p and half the columns of n in registers. It goes through the cells, 8 at a time: first every warp makes
+// the steps of one, then their products follow each other, the next cell's tiles arriving meanwhile. ssd_ends
+// begins with zeros and leaves the last state; ssd_states begins with what the pieces before leave, and
+// writes the state before every cell. Only the run that reaches the far edge of a cell counts; where it
+// begins (ends) in the cell, its initial (final) state's row takes the place of H (G), and the piece's decay
+// is 0.
+//
+// Shared memory: two tiles of x or go (q x 64) and of B or C (q x n), and of z where there is one. No
+// atomics, every order is fixed: bitwise repeatable. Bound by memory, float32 by mma.sync.
 #include "kernels/cuda/ssd_states.h"
 
+#include "kernels/cuda/ssd_pieces.cuh"
 #include "kernels/cuda/ssd_tile.cuh"
 
 namespace mamba_ops {
@@ -21,25 +24,27 @@ namespace gpu {
 
 namespace {
 
-constexpr int kEndThreads = 256, kEndP = 64, kEndWarps = kEndThreads / 32;
+constexpr int kThreads = 256, kP = 64, kWarps = kThreads / 32;
 
-struct EndsArgs {
+struct StatesArgs {
   SsdFwd fwd;
   Sequences seqs;
   SsdPieces pieces;
-  Rows in[2], to[2], z;        // x, dy; B, C
-  const void* far[2];          // rows of states_in, dstates_out
-  int first_direction, heads;  // heads of a block
+  Rows in[2], to[2], z;  // x, dy; B, C
+  const void* far[2];    // rows of states_in, dstates_out
+  int64_t first, some;   // pieces of this launch
+  void* states[2];       // before the cells; null: the ends are wanted
+  int first_direction;
 };
 
 template <class F, int kN>
-struct EndsTiles {
+struct StatesTiles {
   using E = typename F::Element;
   using R = typename F::Real;
   static constexpr int kQ = kCellTokens<F, kN>;
-  static constexpr int kLdX = kEndP + F::kPadAcross, kLdB = kN + F::kPadAcross;
-  // One head in one cell: the tokens that count, and their weights.
-  struct Item {
+  static constexpr int kLdX = kP + F::kPadAcross, kLdB = kN + F::kPadAcross;
+  // A cell: the tokens that count, and their weights.
+  struct Cell {
     alignas(16) R weight[kQ];
     int64_t begin, state;  // row of the states that take the place of H or G, -1: zeros
     R decay;
@@ -48,89 +53,78 @@ struct EndsTiles {
   };
   alignas(16) E B[2][kQ * kLdB];
   alignas(16) E x[2][kQ * kLdX];
-  Item items[kEndWarps];
+  Cell cells[kWarps];
   alignas(16) E z[2][kQ * kLdX];  // allocated for z alone
-  static constexpr int bytes(bool z) { return int(z ? sizeof(EndsTiles) : offsetof(EndsTiles, z)); }
+  static constexpr int bytes(bool z) { return int(z ? sizeof(StatesTiles) : offsetof(StatesTiles, z)); }
 };
 
 template <class F, int kN>
-struct Ends {
-  using T = EndsTiles<F, kN>;
+struct States {
+  using T = StatesTiles<F, kN>;
   using E = typename F::Element;
   using R = typename F::Real;
-  using Item = typename T::Item;
+  using Cell = typename T::Cell;
   static constexpr int kColumns = kN / 2, kQ = T::kQ;
 
-  const EndsArgs& a;
+  const StatesArgs& a;
   T& tiles;
   const SsdDims& dims;
-  const SsdPieces& pieces;
   const bool reverse;
-  int64_t row, piece, first_head;
+  int64_t row, piece, head, group;
   int first_p, channels;
   const int warp = threadIdx.x / 32;
   const int first_row = warp / 2 * 16, first_column = warp % 2 * kColumns;
   R state[kColumns / 8][4];
 
-  __device__ Ends(const EndsArgs& args, T& shared, int direction, int64_t id)
-      : a(args), tiles(shared), dims(args.fwd.dims), pieces(args.pieces), reverse(direction == 1) {
-    const int64_t slices = (dims.p + kEndP - 1) / kEndP, blocks = (dims.h + a.heads - 1) / a.heads;
-    first_p = int(id % slices) * kEndP;
-    channels = int(min(dims.p - first_p, int64_t(kEndP)));
+  __device__ States(const StatesArgs& args, T& shared, int direction, int64_t id)
+      : a(args), tiles(shared), dims(args.fwd.dims), reverse(direction == 1) {
+    const int64_t slices = (dims.p + kP - 1) / kP;
+    first_p = int(id % slices) * kP;
+    channels = int(min(dims.p - first_p, int64_t(kP)));
     id /= slices;
-    first_head = id % blocks * a.heads;
-    id /= blocks;
+    head = id % dims.h;
+    group = head / (dims.h / (reverse ? dims.groups_C : dims.groups_B));
+    id /= dims.h;
     row = id % dims.b;
-    piece = id / dims.b;
+    piece = a.first + id / dims.b;
   }
 
-  __device__ int64_t head_of(int64_t i) const { return first_head + i / pieces.cells; }
-  __device__ int64_t cell_of(int64_t i) const {
-    i %= pieces.cells;
-    return piece * pieces.cells + (reverse ? pieces.cells - 1 - i : i);
-  }
-  __device__ int64_t group_of(int64_t i) const {
-    return head_of(i) / (dims.h / (reverse ? dims.groups_C : dims.groups_B));
-  }
-
-  // By one warp.
-  __device__ void make_item(int64_t i, Item& item) const {
-    int64_t begin = min(pieces.begin + cell_of(i) * pieces.q, dims.l), end = min(begin + pieces.q, dims.l);
+  // By one warp. Cells count from the piece's near edge.
+  __device__ void make_cell(int64_t i, Cell& cell) const {
+    const int64_t cells = a.pieces.cells, at = piece * cells + (reverse ? cells - 1 - i : i);
+    int64_t begin = min(at * a.pieces.q, dims.l), end = min(begin + a.pieces.q, dims.l);
     if (!reverse) begin = last_start(a.seqs, row, begin, end);
     if (reverse) end = first_start(a.seqs, row, begin, end);
     const int tokens = int(end - begin);
-    constexpr int kPerLane = (kQ + 31) / 32;
-    const HeadParameters<R> head(a.fwd, head_of(i));
-    const LaneSteps<F, kQ> steps(a.fwd, row, begin, head_of(i), head, tokens);
+    const LaneSteps<F, kQ> steps(a.fwd, row, begin, head, HeadParameters<R>(a.fwd, head), tokens);
 #pragma unroll
-    for (int k = 0; k < kPerLane; ++k) {
-      const int t = threadIdx.x % 32 * kPerLane + k;
-      if (t < kQ) item.weight[t] = reverse ? steps.from_start(k) : steps.to_end(k) * steps.delta[k];
+    for (int k = 0; k < steps.kPerLane; ++k) {
+      const int t = threadIdx.x % 32 * steps.kPerLane + k;
+      if (t < kQ) cell.weight[t] = reverse ? steps.from_start(k) : steps.to_end(k) * steps.delta[k];
     }
     if (threadIdx.x % 32 != 0) return;
-    item.begin = tokens ? begin : 0;
-    item.tokens = tokens;
-    item.decay = steps.decay();
-    item.edge = tokens && is_edge(a.seqs, row, reverse ? end : begin, dims.l);
-    item.state = !item.edge ? -1
+    cell.begin = tokens ? begin : 0;
+    cell.tokens = tokens;
+    cell.decay = steps.decay();
+    cell.edge = tokens && is_edge(a.seqs, row, reverse ? end : begin, dims.l);
+    cell.state = !cell.edge ? -1
                  : reverse  ? state_row_out(a.seqs, row, end, dims.l)
                             : state_row(a.seqs, row, begin);
   }
 
-  __device__ void load_B(E* tile, int64_t i, const Item& item) const {
-    load_tokens<F, kQ, kN, kEndThreads>(tile, T::kLdB, a.to[reverse], row, item.begin, group_of(i), 0,
-                                        item.tokens, int(dims.n));
-  }
-  __device__ void load_x(int stage, int64_t i, const Item& item) const {
-    load_tokens<F, kQ, kEndP, kEndThreads>(tiles.x[stage], T::kLdX, a.in[reverse], row, item.begin,
-                                           head_of(i), first_p, item.tokens, channels);
-    if (reverse && a.z.view.data)
-      load_tokens<F, kQ, kEndP, kEndThreads>(tiles.z[stage], T::kLdX, a.z, row, item.begin, head_of(i),
-                                             first_p, item.tokens, channels);
+  __device__ void load(int stage, const Cell& cell) const {
+    const auto channels_of = [&](E* tile, const Rows& from) {
+      load_tokens<F, kQ, kP, kThreads>(tile, T::kLdX, from, row, cell.begin, head, first_p, cell.tokens,
+                                       channels);
+    };
+    channels_of(tiles.x[stage], reverse ? a.in[1] : a.in[0]);
+    if (reverse && a.z.view.data) channels_of(tiles.z[stage], a.z);
+    load_tokens<F, kQ, kN, kThreads>(tiles.B[stage], T::kLdB, reverse ? a.to[1] : a.to[0], row, cell.begin,
+                                     group, 0, cell.tokens, int(dims.n));
   }
   __device__ void gate(int stage) const {
-    for (int k = 2 * threadIdx.x; k < kQ * kEndP; k += 2 * kEndThreads) {
-      const int at = k / kEndP * T::kLdX + k % kEndP;
+    for (int k = 2 * threadIdx.x; k < kQ * kP; k += 2 * kThreads) {
+      const int at = k / kP * T::kLdX + k % kP;
       R go[2], z[2];
       F::load_pair(go, tiles.x[stage] + at);
       F::load_pair(z, tiles.z[stage] + at);
@@ -139,173 +133,127 @@ struct Ends {
     __syncthreads();
   }
 
-  __device__ void add(const E* x, const E* B, int64_t i, const Item& item) {
-    if (item.edge) {
+  __device__ void add(const E* x, const E* B, const Cell& cell) {
+    if (cell.edge) {
       const R* from = static_cast<const R*>(reverse ? a.far[1] : a.far[0]);
-      if (from)
-        from += ((item.state * dims.h + head_of(i)) * dims.p + first_p + first_row) * dims.n + first_column;
-      load_state(state, item.state >= 0 ? from : nullptr, dims.n, channels - first_row,
+      if (from) from += ((cell.state * dims.h + head) * dims.p + first_p + first_row) * dims.n + first_column;
+      load_state(state, cell.state >= 0 ? from : nullptr, dims.n, channels - first_row,
                  dims.n - first_column);
     }
-    scale(state, item.decay);
-#pragma unroll
+    scale(state, cell.decay);
+#pragma unroll 1
     for (int k = 0; k < kQ; k += 16) {
-      const auto left = F::weighted(F::left_turned(x + k * T::kLdX + first_row, T::kLdX), item.weight + k);
+      const auto left = F::weighted(F::left_turned(x + k * T::kLdX + first_row, T::kLdX), cell.weight + k);
       multiply_columns<F, true>(state, left, B + k * T::kLdB + first_column, T::kLdB);
     }
   }
 
-  __device__ void store(int64_t head, R decay) {
-    const int64_t slot = (row * pieces.count + piece) * dims.h + head, ldn = ssd_padded_n(dims);
-    const int64_t at = (slot * dims.p + first_p + first_row) * ldn + first_column;
-    void* states = reverse ? pieces.states[1] : pieces.states[0];
-    if (pieces.wide)
-      store_state(static_cast<R*>(states) + at, ldn, state, channels - first_row, ldn - first_column);
-    else
-      store_state_pairs<F>(static_cast<E*>(states) + at, ldn, state, channels - first_row,
-                           ldn - first_column);
+  // Where a state of this block's head lies in (rows, slots, h, p, padded n).
+  __device__ int64_t place(int64_t slots, int64_t slot) const {
+    const int64_t ldn = ssd_padded_n(dims);
+    return (((row * slots + slot) * dims.h + head) * dims.p + first_p + first_row) * ldn + first_column;
+  }
+  __device__ void store_before(int64_t i) const {
+    const int64_t cells = a.pieces.cells, ldn = ssd_padded_n(dims);
+    const int64_t slot = (piece - a.first) * cells + (reverse ? cells - 1 - i : i);
+    E* to = static_cast<E*>(reverse ? a.states[1] : a.states[0]) + place(a.some * cells, slot);
+    store_state_pairs<F>(to, ldn, state, channels - first_row, ldn - first_column);
+  }
+  __device__ void store_end(R decay) {
+    const int64_t ldn = ssd_padded_n(dims);
+    R* to = static_cast<R*>(reverse ? a.pieces.ends[1] : a.pieces.ends[0]) + place(a.pieces.count, piece);
+    store_state(to, ldn, state, channels - first_row, ldn - first_column);
     if (first_p == 0 && threadIdx.x == 0)
-      static_cast<R*>(reverse ? pieces.decays[1] : pieces.decays[0])[slot] = decay;
+      static_cast<R*>(reverse ? a.pieces.decays[1]
+                              : a.pieces.decays[0])[(row * a.pieces.count + piece) * dims.h + head] = decay;
   }
 
   __device__ void run() {
-    const int64_t count = min(int64_t(a.heads), dims.h - first_head) * pieces.cells;
-    int in_B = 0;  // the tile that holds B
-    R decay = 0;   // of the piece so far
-    for (int64_t first = 0; first < count; first += kEndWarps) {
-      const int some = int(min(count - first, int64_t(kEndWarps)));
+    const bool ends = !a.states[a.first_direction];
+    if (ends && piece == (reverse ? 0 : a.pieces.count - 1)) return;
+    const int64_t cells = a.pieces.cells, others = reverse ? a.pieces.count - 1 - piece : piece;
+    load_state<kColumns / 8, R>(state, nullptr, 0, 0, 0);
+    for (int64_t k = 0; !ends && k < others; ++k)
+      pass_piece(state, dims, a.pieces, reverse, row, reverse ? a.pieces.count - 1 - k : k, head,
+                 first_p + first_row, first_column, channels - first_row);
+    R decay = 1;
+    for (int64_t first = 0; first < cells; first += kWarps) {
+      const int some = int(min(cells - first, int64_t(kWarps)));
       __syncthreads();
-      if (warp < some) make_item(first + warp, tiles.items[warp]);
+      if (warp < some) make_cell(first + warp, tiles.cells[warp]);
       __syncthreads();
-      load_x(0, first, tiles.items[0]);
-      load_B(tiles.B[in_B], first, tiles.items[0]);
+      load(0, tiles.cells[0]);
       commit_copies();
       for (int k = 0; k < some; ++k) {
-        const int64_t i = first + k;
-        const Item& item = tiles.items[k];
+        const Cell& cell = tiles.cells[k];
         wait_for_copies();
         __syncthreads();
         if (reverse && a.z.view.data) gate(k % 2);
-        const bool more = k + 1 < some;
-        const bool other_B = more && (pieces.cells > 1 || group_of(i + 1) != group_of(i));
-        if (more) load_x((k + 1) % 2, i + 1, tiles.items[k + 1]);
-        if (other_B) load_B(tiles.B[1 - in_B], i + 1, tiles.items[k + 1]);
+        if (k + 1 < some) load((k + 1) % 2, tiles.cells[k + 1]);
         commit_copies();
-
-        if (i % pieces.cells == 0) {
-          load_state<kColumns / 8, R>(state, nullptr, 0, 0, 0);
-          decay = 1;
-        }
-        add(tiles.x[k % 2], tiles.B[in_B], i, item);
-        decay *= item.edge ? R(0) : item.decay;
-        if ((i + 1) % pieces.cells == 0) store(head_of(i), decay);
-        if (other_B) in_B = 1 - in_B;
+        if (!ends) store_before(first + k);
+        add(tiles.x[k % 2], tiles.B[k % 2], cell);
+        decay *= cell.edge ? R(0) : cell.decay;
       }
     }
+    if (ends) store_end(decay);
   }
 };
 
 template <class F, int kN>
-__global__ void __launch_bounds__(kEndThreads, kN <= 128 && sizeof(typename F::Element) < 8 ? 2 : 1)
-    state_ends(const EndsArgs a) {
+__global__ void __launch_bounds__(kThreads, kN <= 128 && sizeof(typename F::Element) < 8 ? 2 : 1)
+    ssd_chunk_states(const StatesArgs a) {
   extern __shared__ __align__(16) unsigned char memory[];
-  Ends<F, kN>(a, *reinterpret_cast<EndsTiles<F, kN>*>(memory), a.first_direction + blockIdx.y, blockIdx.x)
+  States<F, kN>(a, *reinterpret_cast<StatesTiles<F, kN>*>(memory), a.first_direction + blockIdx.y, blockIdx.x)
       .run();
 }
 
-constexpr int kPassThreads = 256;
-
-template <class S, class R>
-__global__ void __launch_bounds__(kPassThreads)
-    state_pass(const SsdPieces pieces, int first_direction, int64_t heads, int64_t rows, int64_t size) {
-  constexpr int kVector = 16 / sizeof(S), kBatch = 8;
-  struct alignas(16) Vector {
-    S v[kVector];
-  };
-  const int direction = first_direction + blockIdx.y;
-  const int64_t per_head = size / kVector;
-  const int64_t id = int64_t(blockIdx.x) * kPassThreads + threadIdx.x;
-  if (id >= rows * heads * per_head) return;
-  const int64_t row_head = id / per_head, at = id % per_head * kVector;
-  const int64_t row = row_head / heads, head = row_head % heads;
-  const int64_t slot = row * pieces.count * heads + head;
-  S* states = static_cast<S*>(direction == 0 ? pieces.states[0] : pieces.states[1]) + slot * size + at;
-  const R* decays = static_cast<const R*>(direction == 0 ? pieces.decays[0] : pieces.decays[1]) + slot;
-  const R* from = static_cast<const R*>(direction == 0 ? pieces.carry_in[0] : pieces.carry_in[1]);
-  const int64_t carry_at =
-      row * (direction == 0 ? pieces.carry_stride[0] : pieces.carry_stride[1]) + head * size + at;
-  R state[kVector];
-#pragma unroll
-  for (int i = 0; i < kVector; ++i) state[i] = from ? from[carry_at + i] : R(0);
-
-  for (int64_t first = 0; first < pieces.count; first += kBatch) {
-    Vector end[kBatch];
-    R decay[kBatch];
-    const auto piece_of = [&](int k) { return direction == 0 ? first + k : pieces.count - 1 - first - k; };
-#pragma unroll
-    for (int k = 0; k < kBatch; ++k)
-      if (first + k < pieces.count) {
-        end[k] = *reinterpret_cast<const Vector*>(states + piece_of(k) * heads * size);
-        decay[k] = decays[piece_of(k) * heads];
-      }
-#pragma unroll
-    for (int k = 0; k < kBatch; ++k)
-      if (first + k < pieces.count) {
-        Vector before;
-#pragma unroll
-        for (int i = 0; i < kVector; ++i) {
-          before.v[i] = from_real<S>(state[i]);
-          state[i] = decay[k] * state[i] + to_real(end[k].v[i]);
-        }
-        *reinterpret_cast<Vector*>(states + piece_of(k) * heads * size) = before;
-      }
-  }
-  if (direction == 1 && pieces.carry_out)
-#pragma unroll
-    for (int i = 0; i < kVector; ++i) static_cast<R*>(pieces.carry_out)[carry_at + i] = state[i];
+template <class F, int kN>
+const char* launch(const StatesArgs& a, int directions, cudaStream_t stream) {
+  const SsdDims& dims = a.fwd.dims;
+  const int64_t blocks = a.some * dims.b * dims.h * ceil_div(dims.p, kP);
+  if (blocks > INT_MAX) return "more blocks than one launch may have";
+  const int bytes = StatesTiles<F, kN>::bytes(a.first_direction + directions > 1 && a.z.view.data);
+  if (const char* error = allow_shared(ssd_chunk_states<F, kN>, bytes)) return error;
+  ssd_chunk_states<F, kN><<<dim3(unsigned(blocks), directions), kThreads, bytes, stream>>>(a);
+  return launch_error();
 }
 
-template <class F, int kN>
-const char* launch(const EndsArgs& a, cudaStream_t stream) {
-  using R = typename F::Real;
-  const SsdDims& dims = a.fwd.dims;
-  const int directions = (a.pieces.states[0] != nullptr) + (a.pieces.states[1] != nullptr);
-  const int64_t blocks = a.pieces.count * dims.b * ceil_div(dims.h, a.heads) * ceil_div(dims.p, kEndP);
-  const int64_t size = dims.p * ssd_padded_n(dims);
-  const bool wide = a.pieces.wide;
-  const int64_t vector = 16 / (wide ? sizeof(R) : sizeof(typename F::Element));
-  const int64_t pass_blocks = ceil_div(dims.b * dims.h * (size / vector), kPassThreads);
-  if (blocks > INT_MAX || pass_blocks > INT_MAX) return "more blocks than one launch may have";
-  const int bytes = EndsTiles<F, kN>::bytes(directions > a.first_direction && a.z.view.data);
-  if (const char* error = allow_shared(state_ends<F, kN>, bytes)) return error;
-  state_ends<F, kN><<<dim3(unsigned(blocks), directions), kEndThreads, bytes, stream>>>(a);
-  const auto pass = wide ? state_pass<R, R> : state_pass<typename F::Element, R>;
-  pass<<<dim3(unsigned(pass_blocks), directions), kPassThreads, 0, stream>>>(a.pieces, a.first_direction,
-                                                                             dims.h, dims.b, size);
-  return launch_error();
+const char* launch(const SsdBwd& p, const Sequences& seqs, const SsdPieces& pieces, int64_t first,
+                   int64_t some, bool H, bool G, void* to_H, void* to_G, void* stream) {
+  const SsdDims& dims = p.fwd.dims;
+  return by_factors(p.fwd.x.dtype, [&]<class F>() {
+    const std::initializer_list<int64_t> tokens = {dims.b, dims.l, dims.h, dims.p};
+    const StatesArgs a{.fwd = p.fwd,
+                       .seqs = seqs,
+                       .pieces = pieces,
+                       .in = {rows_of<F>(p.fwd.x, tokens), rows_of<F>(p.dy, tokens)},
+                       .to = {rows_of<F>(p.fwd.B, {dims.b, dims.l, dims.groups_B, dims.n}),
+                              rows_of<F>(p.fwd.C, {dims.b, dims.l, dims.groups_C, dims.n})},
+                       .z = rows_of<F>(p.fwd.z, tokens),
+                       .far = {p.fwd.states_in, p.dstates_out},
+                       .first = first,
+                       .some = some,
+                       .states = {to_H, to_G},
+                       .first_direction = H ? 0 : 1};
+    return by_width(dims.n, [&]<int kN>() {
+      return launch<F, kN>(a, int(H) + int(G), static_cast<cudaStream_t>(stream));
+    });
+  });
 }
 
 }  // namespace
 
 }  // namespace gpu
 
-const char* ssd_states(const SsdBwd& p, const Sequences& seqs, const SsdPieces& pieces, void* stream) {
-  using namespace gpu;
-  const SsdDims& dims = p.fwd.dims;
-  return by_factors(p.fwd.x.dtype, [&]<class F>() {
-    const std::initializer_list<int64_t> tokens = {dims.b, dims.l, dims.h, dims.p};
-    const EndsArgs a{.fwd = p.fwd,
-                     .seqs = seqs,
-                     .pieces = pieces,
-                     .in = {rows_of<F>(p.fwd.x, tokens), rows_of<F>(p.dy, tokens)},
-                     .to = {rows_of<F>(p.fwd.B, {dims.b, dims.l, dims.groups_B, dims.n}),
-                            rows_of<F>(p.fwd.C, {dims.b, dims.l, dims.groups_C, dims.n})},
-                     .z = rows_of<F>(p.fwd.z, tokens),
-                     .far = {p.fwd.states_in, p.dstates_out},
-                     .first_direction = pieces.states[0] ? 0 : 1,
-                     .heads = pieces.cells > 1 ? 1 : 8};
-    return by_width(dims.n, [&]<int kN>() { return launch<F, kN>(a, static_cast<cudaStream_t>(stream)); });
-  });
+const char* ssd_ends(const SsdBwd& p, const Sequences& seqs, const SsdPieces& pieces, void* stream) {
+  return gpu::launch(p, seqs, pieces, 0, pieces.count, pieces.ends[0], pieces.ends[1], nullptr, nullptr,
+                     stream);
+}
+
+const char* ssd_states(const SsdBwd& p, const Sequences& seqs, const SsdPieces& pieces, int64_t first,
+                       int64_t some, void* H, void* G, void* stream) {
+  return gpu::launch(p, seqs, pieces, first, some, true, true, H, G, stream);
 }
 
 }  // namespace mamba_ops

@@ -276,6 +276,13 @@ auto by_width(int64_t n, Function f) {
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 inline int64_t aligned(int64_t bytes) { return ceil_div(bytes, 256) * 256; }
 
+inline int64_t multiprocessors() {
+  int device = 0, count = 0;
+  cudaGetDevice(&device);
+  cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device);
+  return count;
+}
+
 // Lets a kernel use so much dynamic shared memory, where the device has it.
 template <class Kernel>
 const char* allow_shared(Kernel kernel, int bytes) {
