@@ -109,17 +109,21 @@ struct Backward {
   }
   __device__ void load(Stage& to, const Item& at) const {
     const auto tokens_of = [&](E* tile, const Rows& from) {
-      load_tokens<F, kQ, kP, kThreads>(tile, T::kLdP, from, row, begin, at.head, at.first_p, tokens,
-                                       at.channels);
+      load_tokens<F, kQ, kP, kThreads>(tile, T::kLdP, from, first_of(from.view, at), tokens, at.channels);
     };
     tokens_of(to.x, a.x);
     tokens_of(to.go, a.dy);
     load_states(to.H, 0, at);
     load_states(to.G, 1, at);
+    const View& D = a.p.fwd.D;
+    if (const int p = threadIdx.x; p < kP)
+      to.skip[p] = D.data && p < at.channels
+                       ? load_one<R>(D, at.head * D.stride[0] +
+                                            (dims.D_per_channel ? (at.first_p + p) * D.stride[1] : 0))
+                       : R(0);
   }
   __device__ void gate(Stage& in, const Item& at) const {
-    load_tokens<F, kQ, kP, kThreads>(tiles.M, T::kLdP, a.z, row, begin, at.head, at.first_p, tokens,
-                                     at.channels);
+    load_tokens<F, kQ, kP, kThreads>(tiles.M, T::kLdP, a.z, first_of(a.z.view, at), tokens, at.channels);
     commit_copies();
     wait_for_copies();
     __syncthreads();
@@ -230,14 +234,8 @@ struct Backward {
     tiles.D[part][p] = sum;
   }
 
-  __device__ R skip(const Item& at, int p) const {
-    const View& D = a.p.fwd.D;
-    if (!D.data || p >= at.channels) return 0;
-    return load_one<R>(D, at.head * D.stride[0] + (dims.D_per_channel ? (at.first_p + p) * D.stride[1] : 0));
-  }
-  __device__ int64_t offset(const View& v, const Item& at, int t, int p) const {
-    return row * v.stride[0] + (begin + t) * v.stride[1] + at.head * v.stride[2] +
-           (at.first_p + p) * v.stride[3];
+  __device__ int64_t first_of(const View& v, const Item& at) const {
+    return place(v, row, begin, at.head, at.first_p);
   }
 
   // The part of dX that comes through the state after the chunk; then what comes from later tokens, dx and
@@ -257,14 +255,16 @@ struct Backward {
       if (k >= first_token)
         multiply_columns<F, true>(dX, F::left(tiles.M + first_token * T::kLdQ + k, T::kLdQ),
                                   in.go + k * T::kLdP + group * kColumnsP, T::kLdP);
+    const View& out = a.dx.view;
+    const int64_t first = first_of(out, at);
     R dots[2] = {};
 #pragma unroll
-    for (int tile = 0; tile < kColumnsP / 8; ++tile) {
-      const int p = group * kColumnsP + 8 * tile + lane % 4 * 2;
-      const R D[2] = {skip(at, p), skip(at, p + 1)};
+    for (int half = 0; half < 2; ++half) {
+      const int t = token + 8 * half;
+      const R delta = head.delta[t];
 #pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        const int t = token + 8 * half;
+      for (int tile = 0; tile < kColumnsP / 8; ++tile) {
+        const int p = group * kColumnsP + 8 * tile + lane % 4 * 2;
         R x[2], go[2], dx[2];
         F::load_pair(x, in.x + t * T::kLdP + p);
         F::load_pair(go, in.go + t * T::kLdP + p);
@@ -272,10 +272,11 @@ struct Backward {
         for (int k = 0; k < 2; ++k) {
           const R grad = dX[tile][2 * half + k];
           dots[half] += grad * x[k];
-          dx[k] = head.delta[t] * grad + D[k] * go[k];
+          dx[k] = delta * grad + in.skip[p + k] * go[k];
         }
         if (t < tokens)
-          store_two<F>(a.dx, offset(a.dx.view, at, t, p), a.dx.view.stride[3], dx[0], dx[1], at.channels - p);
+          store_two<F>(a.dx, first + t * out.stride[1] + p * out.stride[3], out.stride[3], dx[0], dx[1],
+                       at.channels - p);
       }
     }
     store_row_sums(tiles.dot[group], dots);
@@ -296,22 +297,24 @@ struct Backward {
         multiply_columns<F, true>(
             o, F::weighted(F::left_turned(tiles.M + k * T::kLdQ + first_token, T::kLdQ), head.delta + k),
             in.x + k * T::kLdP + group * kColumnsP, T::kLdP);
+    const View &dy = a.dy.view, &z = a.z.view, &out = a.dz.view;
+    const int64_t first_dy = first_of(dy, at), first_z = first_of(z, at), first = first_of(out, at);
 #pragma unroll
-    for (int tile = 0; tile < kColumnsP / 8; ++tile) {
-      const int p = group * kColumnsP + 8 * tile + lane % 4 * 2;
-      const R D[2] = {skip(at, p), skip(at, p + 1)};
+    for (int half = 0; half < 2; ++half) {
+      const int t = token + 8 * half;
+      if (t >= tokens) continue;
 #pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        const int t = token + 8 * half;
+      for (int tile = 0; tile < kColumnsP / 8; ++tile) {
+        const int p = group * kColumnsP + 8 * tile + lane % 4 * 2;
         R dz[2] = {};
 #pragma unroll
         for (int k = 0; k < 2; ++k)
-          if (t < tokens && p + k < at.channels)
-            dz[k] = load_one<R>(a.dy.view, offset(a.dy.view, at, t, p + k)) *
-                    (o[tile][2 * half + k] + D[k] * R(to_real(in.x[t * T::kLdP + p + k]))) *
-                    silu_grad(load_one<R>(a.z.view, offset(a.z.view, at, t, p + k)));
-        if (t < tokens)
-          store_two<F>(a.dz, offset(a.dz.view, at, t, p), a.dz.view.stride[3], dz[0], dz[1], at.channels - p);
+          if (p + k < at.channels)
+            dz[k] = load_one<R>(dy, first_dy + t * dy.stride[1] + (p + k) * dy.stride[3]) *
+                    (o[tile][2 * half + k] + in.skip[p + k] * R(to_real(in.x[t * T::kLdP + p + k]))) *
+                    silu_grad(load_one<R>(z, first_z + t * z.stride[1] + (p + k) * z.stride[3]));
+        store_two<F>(a.dz, first + t * out.stride[1] + p * out.stride[3], out.stride[3], dz[0], dz[1],
+                     at.channels - p);
       }
     }
   }
@@ -451,6 +454,7 @@ struct Backward {
                            int which) const {
     const int64_t ldn = ssd_padded_n(dims);
     const int64_t* stride = out.view.stride;
+    const int64_t first = row * stride[0] + begin * stride[1] + which_group * stride[2];
 #pragma unroll
     for (int tile = 0; tile < kColumnsN / 8; ++tile)
 #pragma unroll
@@ -458,9 +462,8 @@ struct Backward {
         const int t = token + 8 * half, n = group * kColumnsN + 8 * tile + lane % 4 * 2;
         if (t >= tokens) continue;
         if (!a.partial_BC) {
-          store_two<F>(out,
-                       row * stride[0] + (begin + t) * stride[1] + which_group * stride[2] + n * stride[3],
-                       stride[3], grad[tile][2 * half], grad[tile][2 * half + 1], int(dims.n) - n);
+          store_two<F>(out, first + t * stride[1] + n * stride[3], stride[3], grad[tile][2 * half],
+                       grad[tile][2 * half + 1], int(dims.n) - n);
         } else if (n < ldn) {
           R* to = static_cast<R*>(a.partial_BC) +
                   (((block * dims.b + row) * dims.l + begin + t) * 2 + which) * ldn + n;
@@ -480,8 +483,10 @@ struct Backward {
     ends = is_edge(a.seqs, row, end, dims.l);
     state_in = begins ? state_row(a.seqs, row, begin) : -1;
     state_out = ends ? state_row_out(a.seqs, row, end, dims.l) : -1;
-    load_tokens<F, kQ, kN, kThreads>(tiles.B, T::kLdN, a.B, row, begin, group_B, 0, tokens, int(dims.n));
-    load_tokens<F, kQ, kN, kThreads>(tiles.C, T::kLdN, a.C, row, begin, group_C, 0, tokens, int(dims.n));
+    load_tokens<F, kQ, kN, kThreads>(tiles.B, T::kLdN, a.B, place(a.B.view, row, begin, group_B, 0), tokens,
+                                     int(dims.n));
+    load_tokens<F, kQ, kN, kThreads>(tiles.C, T::kLdN, a.C, place(a.C.view, row, begin, group_C, 0), tokens,
+                                     int(dims.n));
     commit_copies();
     if (T::kStages == 2) load(tiles.stage[0], item(0));
     commit_copies();
@@ -571,8 +576,9 @@ struct Backward {
       const Item at = item(i);
       for (int k = threadIdx.x; k < int(end - begin) * at.channels; k += kThreads) {
         const int t = k / at.channels, p = k % at.channels;
-        store_one(a.p.dx, offset(a.p.dx, at, t, p), R(NAN));
-        if (a.p.dz.data) store_one(a.p.dz, offset(a.p.dz, at, t, p), R(NAN));
+        store_one(a.p.dx, first_of(a.p.dx, at) + t * a.p.dx.stride[1] + p * a.p.dx.stride[3], R(NAN));
+        if (a.p.dz.data)
+          store_one(a.p.dz, first_of(a.p.dz, at) + t * a.p.dz.stride[1] + p * a.p.dz.stride[3], R(NAN));
         if (at.first_p + p == 0)
           store_one(a.p.ddt,
                     row * a.p.ddt.stride[0] + (begin + t) * a.p.ddt.stride[1] + at.head * a.p.ddt.stride[2],

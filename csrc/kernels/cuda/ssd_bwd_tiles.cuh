@@ -57,6 +57,7 @@ struct BwdTiles : BwdSizes<sizeof(typename F::Element), kWidth> {
     alignas(16) E go[kQ * kLdP];
     alignas(16) E H[kP * kLdS];
     alignas(16) E G[kP * kLdS];
+    R skip[kP];  // D
   };
   struct alignas(16) Head {
     typename F::Sum s[kQ];

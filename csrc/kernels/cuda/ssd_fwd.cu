@@ -6,8 +6,8 @@
 // A block owns one head of one row (or a piece of that row), and kP channels of it; it goes through the
 // chunks in order. A warp owns 16 of the channels: their states are its sums, and as they are the left factor
 // of H C^T; X^T, read across, is that of the other two products. P alone goes through shared memory: kQ / 16
-// warps by kWarps 16 / kQ make its blocks on and below the diagonal. Warp 0, which has the fewest, makes the
-// steps of the next chunk too.
+// warps by kWarps 16 / kQ make its blocks on and below the diagonal. The warp with the fewest makes
+// the steps of the next chunk too.
 //
 // Shared memory: tiles of B and C (kQ x kN), free for the next chunk's once P is there; two of x (kQ x kP), y
 // takes the place of the one in use; P (kQ x kQ); z (kQ x kP) where there is one.
@@ -60,12 +60,16 @@ struct FwdTiles : FwdSizes<sizeof(typename F::Element), kWidth> {
   using Sizes = FwdSizes<sizeof(E), kWidth>;
   using Sizes::kQ, Sizes::kP;
   static constexpr int kN = kWidth, kWarps = kP / 16, kThreads = 32 * kWarps;
+  static constexpr int kStepsWarp = kWarps - kQ / 16;  // it has the fewest pairs
   static constexpr int kLdX = kP + F::kPadAcross, kLdP = kQ + F::kPadAlong;
   static constexpr int kLdB = kN + F::kPadAcross, kLdC = kN + F::kPadAlong;
   alignas(16) E B[kQ * kLdB];
   alignas(16) E C[kQ * kLdC];
   alignas(16) E x[2][kQ * kLdX];
   Steps<F, kQ> steps[2];
+  struct {
+    int64_t x, z, y, B, C;
+  } first;  // where the row's first token lies
   alignas(16) E P[kQ * kLdP];
   alignas(16) E z[kQ * kLdX];  // allocated for z alone
   static constexpr int bytes(bool z) { return int(z ? sizeof(FwdTiles) : offsetof(FwdTiles, z)); }
@@ -111,16 +115,24 @@ struct Forward {
     return {t, int(first_start(a.seqs, row, t, cell_end) - t)};
   }
 
-  __device__ void load_BC(const Chunk& chunk) const {
+  __device__ void find_first() const {
     const SsdDims& dims = a.p.dims;
-    load_tokens<F, kQ, kN, T::kThreads>(tiles.C, T::kLdC, a.C, row, chunk.begin,
-                                        head / (dims.h / dims.groups_C), 0, chunk.tokens, int(dims.n));
-    load_tokens<F, kQ, kN, T::kThreads>(tiles.B, T::kLdB, a.B, row, chunk.begin,
-                                        head / (dims.h / dims.groups_B), 0, chunk.tokens, int(dims.n));
+    tiles.first.x = place(a.x.view, row, 0, head, first_p);
+    tiles.first.z = place(a.z.view, row, 0, head, first_p);
+    tiles.first.y = place(a.y.view, row, 0, head, first_p);
+    tiles.first.B = place(a.B.view, row, 0, head / (dims.h / dims.groups_B), 0);
+    tiles.first.C = place(a.C.view, row, 0, head / (dims.h / dims.groups_C), 0);
   }
-  __device__ void load_channels(E* tile, const Rows& from, const Chunk& chunk) const {
-    load_tokens<F, kQ, kP, T::kThreads>(tile, T::kLdX, from, row, chunk.begin, head, first_p, chunk.tokens,
-                                        channels);
+  __device__ void load_BC(const Chunk& chunk) const {
+    const int n = int(a.p.dims.n);
+    load_tokens<F, kQ, kN, T::kThreads>(tiles.C, T::kLdC, a.C,
+                                        tiles.first.C + chunk.begin * a.C.view.stride[1], chunk.tokens, n);
+    load_tokens<F, kQ, kN, T::kThreads>(tiles.B, T::kLdB, a.B,
+                                        tiles.first.B + chunk.begin * a.B.view.stride[1], chunk.tokens, n);
+  }
+  __device__ void load_channels(E* tile, const Rows& from, int64_t first, const Chunk& chunk) const {
+    load_tokens<F, kQ, kP, T::kThreads>(tile, T::kLdX, from, first + chunk.begin * from.view.stride[1],
+                                        chunk.tokens, channels);
   }
 
   __device__ int64_t state_at(int64_t k) const {
@@ -247,8 +259,7 @@ struct Forward {
                         y[tile][2 * half + 1]);
     __syncwarp();
     const int64_t* stride = a.y.view.stride;
-    const int64_t offset =
-        row * stride[0] + chunk.begin * stride[1] + head * stride[2] + (first_p + 16 * warp) * stride[3];
+    const int64_t offset = tiles.first.y + chunk.begin * stride[1] + 16 * warp * stride[3];
     const int left = channels - 16 * warp;
     if (a.y.direct && left >= 16) {
       constexpr int kVector = 16 / sizeof(E), kVectors = 16 / kVector;
@@ -268,24 +279,27 @@ struct Forward {
     using WarpSteps = LaneSteps<F, kQ>;
     Chunk chunk = chunk_from(cell_end);
     if (chunk.tokens == 0) return;
+    if (threadIdx.x == 0) find_first();
+    __syncthreads();
     load_BC(chunk);
-    load_channels(tiles.x[0], a.x, chunk);
+    load_channels(tiles.x[0], a.x, tiles.first.x, chunk);
     commit_copies();
-    if (warp == 0) WarpSteps(a.p, row, chunk.begin, head, parameters, chunk.tokens).store(tiles.steps[0]);
+    if (warp == T::kStepsWarp)
+      WarpSteps(a.p, row, chunk.begin, head, parameters, chunk.tokens).store(tiles.steps[0]);
     for (int turn = 0; chunk.tokens; turn ^= 1) {
       const Steps<F, kQ>& steps = tiles.steps[turn];
       const Chunk next = chunk_from(chunk.begin + chunk.tokens);
       wait_for_copies();
       __syncthreads();
-      if (a.z.view.data) load_channels(tiles.z, a.z, chunk);
+      if (a.z.view.data) load_channels(tiles.z, a.z, tiles.first.z, chunk);
       commit_copies();
-      if (next.tokens) load_channels(tiles.x[turn ^ 1], a.x, next);
+      if (next.tokens) load_channels(tiles.x[turn ^ 1], a.x, tiles.first.x, next);
       commit_copies();
       R dt[WarpSteps::kPerLane];
-      if (warp == 0) WarpSteps::load(dt, a.p, row, next.begin, head, next.tokens);
+      if (warp == T::kStepsWarp) WarpSteps::load(dt, a.p, row, next.begin, head, next.tokens);
       enter(chunk);
       make_pairs(steps);
-      if (warp == 0)  // it has the fewest pairs
+      if (warp == T::kStepsWarp)
         WarpSteps(dt, a.p.dims, parameters, next.tokens).store(tiles.steps[turn ^ 1]);
       R y[kQ / 8][4] = {};
       pass_state(tiles.x[turn], steps, y);
@@ -304,10 +318,7 @@ struct Forward {
     const View& y = a.p.y;
     const int64_t begin = piece * a.pieces.cells * a.pieces.q;
     for (int64_t i = threadIdx.x; i < (piece_end - begin) * channels; i += T::kThreads)
-      store_one(y,
-                row * y.stride[0] + (begin + i / channels) * y.stride[1] + head * y.stride[2] +
-                    (first_p + i % channels) * y.stride[3],
-                R(NAN));
+      store_one(y, place(y, row, begin + i / channels, head, first_p + i % channels), R(NAN));
     if (a.p.states_out && piece == 0)
       for (int64_t k = 0; k < a.states; ++k)
         for (int i = threadIdx.x; i < channels * a.p.dims.n; i += T::kThreads)

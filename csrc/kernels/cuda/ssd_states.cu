@@ -114,13 +114,14 @@ struct States {
 
   __device__ void load(int stage, const Cell& cell) const {
     const auto channels_of = [&](E* tile, const Rows& from) {
-      load_tokens<F, kQ, kP, kThreads>(tile, T::kLdX, from, row, cell.begin, head, first_p, cell.tokens,
-                                       channels);
+      load_tokens<F, kQ, kP, kThreads>(tile, T::kLdX, from, place(from.view, row, cell.begin, head, first_p),
+                                       cell.tokens, channels);
     };
     channels_of(tiles.x[stage], reverse ? a.in[1] : a.in[0]);
     if (reverse && a.z.view.data) channels_of(tiles.z[stage], a.z);
-    load_tokens<F, kQ, kN, kThreads>(tiles.B[stage], T::kLdB, reverse ? a.to[1] : a.to[0], row, cell.begin,
-                                     group, 0, cell.tokens, int(dims.n));
+    const Rows& to = reverse ? a.to[1] : a.to[0];
+    load_tokens<F, kQ, kN, kThreads>(tiles.B[stage], T::kLdB, to, place(to.view, row, cell.begin, group, 0),
+                                     cell.tokens, int(dims.n));
   }
   __device__ void gate(int stage) const {
     for (int k = 2 * threadIdx.x; k < kQ * kP; k += 2 * kThreads) {
@@ -149,19 +150,19 @@ struct States {
   }
 
   // Where a state of this block's head lies in (rows, slots, h, p, padded n).
-  __device__ int64_t place(int64_t slots, int64_t slot) const {
+  __device__ int64_t state_at(int64_t slots, int64_t slot) const {
     const int64_t ldn = ssd_padded_n(dims);
     return (((row * slots + slot) * dims.h + head) * dims.p + first_p + first_row) * ldn + first_column;
   }
   __device__ void store_before(int64_t i) const {
     const int64_t cells = a.pieces.cells, ldn = ssd_padded_n(dims);
     const int64_t slot = (piece - a.first) * cells + (reverse ? cells - 1 - i : i);
-    E* to = static_cast<E*>(reverse ? a.states[1] : a.states[0]) + place(a.some * cells, slot);
+    E* to = static_cast<E*>(reverse ? a.states[1] : a.states[0]) + state_at(a.some * cells, slot);
     store_state_pairs<F>(to, ldn, state, channels - first_row, ldn - first_column);
   }
   __device__ void store_end(R decay) {
     const int64_t ldn = ssd_padded_n(dims);
-    R* to = static_cast<R*>(reverse ? a.pieces.ends[1] : a.pieces.ends[0]) + place(a.pieces.count, piece);
+    R* to = static_cast<R*>(reverse ? a.pieces.ends[1] : a.pieces.ends[0]) + state_at(a.pieces.count, piece);
     store_state(to, ldn, state, channels - first_row, ldn - first_column);
     if (first_p == 0 && threadIdx.x == 0)
       static_cast<R*>(reverse ? a.pieces.decays[1]

@@ -81,14 +81,15 @@ __device__ inline void load_tile(typename F::Element* tile, int ld, const Rows& 
     convert.template operator()<typename F::Other>();
 }
 
-// Tokens from t on of one head or group: (b, l, heads or groups, columns).
+// Tokens of one head or group, the first channel of the first at `offset`: (b, l, heads or groups, columns).
 template <class F, int kRows, int kColumns, int kThreads>
-__device__ inline void load_tokens(typename F::Element* tile, int ld, const Rows& from, int64_t row,
-                                   int64_t t, int64_t which, int first_column, int tokens, int columns) {
-  const int64_t* stride = from.view.stride;
-  load_tile<F, kRows, kColumns, kThreads>(
-      tile, ld, from, row * stride[0] + t * stride[1] + which * stride[2] + first_column * stride[3],
-      stride[1], stride[3], tokens, columns);
+__device__ inline void load_tokens(typename F::Element* tile, int ld, const Rows& from, int64_t offset,
+                                   int tokens, int columns) {
+  load_tile<F, kRows, kColumns, kThreads>(tile, ld, from, offset, from.view.stride[1], from.view.stride[3],
+                                          tokens, columns);
+}
+__device__ inline int64_t place(const View& v, int64_t row, int64_t t, int64_t which, int64_t channel) {
+  return row * v.stride[0] + t * v.stride[1] + which * v.stride[2] + channel * v.stride[3];
 }
 
 // Tokens of a cell of the states that lie in memory, at most; a forward's are no longer.
