@@ -27,7 +27,8 @@
 // heads of a group. Bound by instructions.
 #include <algorithm>
 
-#include "kernels/cuda/ssd_bwd.cuh"
+#include "kernels/cuda/ssd_bwd_products.cuh"
+#include "kernels/cuda/ssd_bwd_steps.cuh"
 #include "kernels/cuda/ssd_pieces.cuh"
 
 namespace mamba_ops {
