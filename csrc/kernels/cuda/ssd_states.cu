@@ -15,7 +15,6 @@
 // atomics, every order is fixed: bitwise repeatable. Bound by memory, float32 by mma.sync.
 #include "kernels/cuda/ssd_states.h"
 
-#include "kernels/cuda/ssd_pieces.cuh"
 #include "kernels/cuda/ssd_tile.cuh"
 
 namespace mamba_ops {

@@ -6,6 +6,7 @@
 #include <initializer_list>
 
 #include "kernels/cuda/factors.cuh"
+#include "kernels/cuda/ssd_states.h"
 #include "kernels/cuda/ssd_steps.cuh"
 
 namespace mamba_ops::gpu {
@@ -249,9 +250,22 @@ __device__ inline void scale(R (&sums)[kTiles][4], R factor) {
     for (int k = 0; k < 4; ++k) sums[i][k] *= factor;
 }
 
+// state (16 rows from p on by 8 kTiles columns from n on) <- the same after one more piece.
+template <int kTiles, class R>
+__device__ inline void pass_piece(R (&state)[kTiles][4], const SsdDims& dims, const SsdPieces& pieces,
+                                  bool reverse, int64_t row, int64_t piece, int64_t head, int64_t p,
+                                  int64_t n, int64_t rows) {
+  const int64_t slot = (row * pieces.count + piece) * dims.h + head, ldn = ssd_padded_n(dims);
+  const R* end =
+      static_cast<const R*>(reverse ? pieces.ends[1] : pieces.ends[0]) + (slot * dims.p + p) * ldn + n;
+  scale(state, static_cast<const R*>(reverse ? pieces.decays[1] : pieces.decays[0])[slot]);
+  for_state(state, rows, dims.n - n, [&](R& v, int r, int c) { v += end[r * ldn + c]; });
+}
+
 // ---- Host
 
-// f.template operator()<F>() with the type of the factors for x's type.
+// f.template operator()<F>() with the type of the factors for x's type. float16 has its range: whatever goes
+// into a product, states of cells too, must stay below 65504.
 template <class Function>
 auto by_factors(DType x, Function f) {
   switch (x) {
@@ -277,7 +291,14 @@ auto by_width(int64_t n, Function f) {
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 inline int64_t aligned(int64_t bytes) { return ceil_div(bytes, 256) * 256; }
 
-inline int64_t multiprocessors() {
+// The most pieces of so many cells: more would pass more ends than they have cells.
+inline int64_t most_pieces(int64_t cells) {
+  int64_t pieces = 1;
+  while ((pieces + 1) * (pieces + 1) <= cells) ++pieces;
+  return pieces;
+}
+
+inline int64_t processor_count() {
   int device = 0, count = 0;
   cudaGetDevice(&device);
   cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device);
