@@ -1,6 +1,6 @@
 """What the operator modules share: autocast registration and small argument helpers."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, TypeVar
 
 import torch
@@ -48,15 +48,6 @@ def register_fake(name: str) -> Callable[[F], F]:
     return register
 
 
-def define(schema: str, function: Callable[..., Any]) -> Any:
-    """Defines an operator that `function` computes out of other operators, on every device and for fakes."""
-    name = schema.partition("(")[0]
-    _library.define(schema)  # type: ignore[no-untyped-call]
-    _library.impl(name, function, "CompositeExplicitAutograd")  # type: ignore[no-untyped-call]
-    torch.library.register_fake(f"mamba_ops::{name}", function)
-    return getattr(torch.ops.mamba_ops, name).default
-
-
 def register_once_differentiable(name: str) -> None:
     """Makes differentiating the backward operator `name` an error; torch would drop the result silently."""
 
@@ -90,24 +81,14 @@ def state_rows(b: int, cu_seqlens: Tensor | None) -> int:
     return b if cu_seqlens is None else cu_seqlens.shape[0] - 1
 
 
-def check_shape(op: str, name: str, tensor: Tensor, letters: str, *sizes: int | None) -> None:
-    """Raises unless `tensor` has these sizes (None: any); letters: their names, such as "(b, l, d)"."""
-    if tensor.dim() == len(sizes) and all(
-        want is None or have == want for have, want in zip(tensor.shape, sizes, strict=True)
-    ):
-        return
-    names = letters.strip("()").split(", ")
-    wanted = ", ".join(n if s is None else str(int(s)) for n, s in zip(names, sizes, strict=True))
-    raise RuntimeError(f"{op}: {name} must be {letters} = ({wanted}), got {tuple(tensor.shape)}")
+def grad_like(argument: Tensor | None, like: Tensor) -> Tensor:
+    """The gradient that a backward operator's fake returns for an argument: 0 elements for an absent one."""
+    return like.new_empty(0) if argument is None else torch.empty_like(argument)
 
 
-def check_dtype(op: str, name: str, tensor: Tensor, dtype: torch.dtype) -> None:
-    """Raises unless `tensor` has this dtype."""
-    if tensor.dtype != dtype:
-        want, have = (str(d).removeprefix("torch.") for d in (dtype, tensor.dtype))
-        raise RuntimeError(f"{op}: {name} must be {want} like the projected input, got {have}")
-
-
-def weight_grad(dout: Tensor, x: Tensor, needed: object) -> Tensor | None:
-    """The gradient of the weight in ``F.linear(x, weight)``, if needed."""
-    return dout.flatten(0, -2).t() @ x.flatten(0, -2) if needed else None
+def kept(
+    grads: Iterable[Tensor], arguments: Iterable[Tensor | None], needed: Iterable[bool]
+) -> Iterator[Tensor | None]:
+    """What a backward operator returned, as autograd takes it: None for absent arguments."""
+    wanted = zip(grads, arguments, needed, strict=False)
+    return (grad if given is not None and need else None for grad, given, need in wanted)

@@ -86,6 +86,8 @@ def mamba_inner(
         of_given = name[0].upper() in given and name not in ("D",)
         if name in options and not of_given and not (complex_A and name in ("b_rms_weight", "c_rms_weight")):
             inputs[name] = draw.parameter((1 if "rms" in name else 0) + 0.3 * draw.normal(size))
+    if any("rms" in name for name in inputs):
+        inputs["rms_eps"] = 0.1  # with next to none the norm of one column's multiples has no gradient
     if "conv_state" in options:
         inputs["conv_state"] = draw.data(draw.normal(rows, d, w - 1))
     if "initial_state" in options:

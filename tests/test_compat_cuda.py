@@ -27,7 +27,7 @@ def on_gpu() -> dict[str, tuple[Any, Inputs, bool]]:
     split_inputs = layer_cases.mamba_split_conv1d_scan(2, 70, 4, 8, 16, k=3, options=split, pack="seq_idx")
     inner = layer_cases.mamba_inner(2, 16, 70, 8, options=layer_cases.INNER_OPTIONS[:9])
     inner["conv1d_weight"] = inner["conv1d_weight"].unsqueeze(1)
-    inner["b_c_dt_rms_eps"] = 1e-3
+    inner["b_c_dt_rms_eps"] = inner.pop("rms_eps")
     one, rows = torch.Generator().manual_seed(0), torch.tensor([3, -1, 0], dtype=torch.int32)
     state = {"state": torch.randn(4, 4, 8, 16, generator=one), "x": torch.randn(3, 4, 8, generator=one)}
     state |= {"B": torch.randn(3, 2, 16, generator=one), "C": torch.randn(3, 2, 16, generator=one)}

@@ -112,7 +112,7 @@ def test_mamba_inner_fn(data: st.DataObject) -> None:
         return reference.mamba_inner(conv1d_weight=conv1d_weight.squeeze(1), rms_eps=b_c_dt_rms_eps, **rest)
 
     inputs["conv1d_weight"] = inputs["conv1d_weight"].unsqueeze(1)
-    inputs |= {"b_c_dt_rms_eps": 1e-3, "checkpoint_lvl": draw(st.integers(0, 1))}
+    inputs |= {"b_c_dt_rms_eps": inputs.pop("rms_eps", 1e-3), "checkpoint_lvl": draw(st.integers(0, 1))}
     got = follows(scan.mamba_inner_fn, plain, inputs, dtype)
     assert got["out 0"].shape == (2, inputs["xz"].shape[2], 5)
     if not any("rms" in key for key in options):

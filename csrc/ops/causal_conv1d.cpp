@@ -3,6 +3,7 @@
 #include "ops/cuda.h"
 #include "ops/dispatch.h"
 #include "ops/ops.h"
+#include "ops/parts.h"
 
 namespace mamba_ops {
 
@@ -17,9 +18,8 @@ struct ConvCall {
   PieceList pieces;
   int64_t states;
 
-  ConvCall(const char* op, const Tensor& x, const Tensor& weight, const OptTensor& bias,
-           const OptTensor& initial_state, const OptTensor& seq_idx, const OptTensor& cu_seqlens, bool silu)
-      : check(op, x) {
+  ConvCall(const char* op, const parts::ConvInputs& in) : check(op, in.x) {
+    const auto& [x, weight, bias, initial_state, seq_idx, cu_seqlens, silu] = in;
     const ScalarType type = check.float_type("x", x);
     check.shape("x", x, "(b, d, l)", {-1, -1, -1});
     const int64_t b = x.size(0), d = x.size(1), l = x.size(2);
@@ -72,74 +72,85 @@ void backward_cpu(const ConvCall& call, ConvBwd& params, const Tensor& x) {
 }
 
 #ifdef USE_CUDA
-void forward_cuda(const ConvCall& call, const Tensor& x, const OptTensor& seq_idx,
-                  const OptTensor& cu_seqlens) {
-  CudaCall cuda(call.check.op(), x);
-  const Sequences seqs = cuda.sequences(call.params.dims.l, seq_idx, cu_seqlens, true);
+void forward_cuda(const ConvCall& call, const parts::ConvInputs& in) {
+  CudaCall cuda(call.check.op(), in.x);
+  const Sequences seqs = cuda.sequences(call.params.dims.l, in.seq_idx, in.cu_seqlens, true);
   cuda.launched(causal_conv1d_fwd_cuda(call.params, seqs, call.states, cuda.stream()));
 }
 
-void backward_cuda(const ConvCall& call, ConvBwd& params, const Tensor& x, const OptTensor& seq_idx,
-                   const OptTensor& cu_seqlens) {
-  CudaCall cuda(call.check.op(), x);
-  const Sequences seqs = cuda.sequences(call.params.dims.l, seq_idx, cu_seqlens, true);
-  const Tensor partial = partial_sums(call.params.dims, causal_conv1d_groups_cuda(params.fwd), x);
+void backward_cuda(const ConvCall& call, ConvBwd& params, const parts::ConvInputs& in) {
+  CudaCall cuda(call.check.op(), in.x);
+  const Sequences seqs = cuda.sequences(call.params.dims.l, in.seq_idx, in.cu_seqlens, true);
+  const Tensor partial = partial_sums(call.params.dims, causal_conv1d_groups_cuda(params.fwd), in.x);
   params.partial = partial.data_ptr();
   cuda.launched(causal_conv1d_bwd_cuda(params, seqs, call.states, cuda.stream()));
 }
 #else
-void forward_cuda(const ConvCall& call, const Tensor&, const OptTensor&, const OptTensor&) {
-  no_cuda_kernel(call.check.op());
-}
-void backward_cuda(const ConvCall& call, ConvBwd&, const Tensor&, const OptTensor&, const OptTensor&) {
+void forward_cuda(const ConvCall& call, const parts::ConvInputs&) { no_cuda_kernel(call.check.op()); }
+void backward_cuda(const ConvCall& call, ConvBwd&, const parts::ConvInputs&) {
   no_cuda_kernel(call.check.op());
 }
 #endif
 
 }  // namespace
 
-std::tuple<Tensor, Tensor> causal_conv1d_fwd(Tensor x, Tensor weight, OptTensor bias, OptTensor initial_state,
-                                             OptTensor seq_idx, OptTensor cu_seqlens, bool silu,
-                                             bool return_final_state) {
-  ConvCall call("causal_conv1d", x, weight, bias, initial_state, seq_idx, cu_seqlens, silu);
-  Tensor y = torch::stable::empty_like(x);
+std::tuple<Tensor, Tensor> parts::causal_conv1d_fwd(const ConvInputs& in, bool return_final_state,
+                                                    OptTensor y) {
+  ConvCall call("causal_conv1d", in);
+  const ConvDims& dims = call.params.dims;
+  allocate(y, in.x);
   Tensor final_state =
-      return_final_state ? empty({call.states, x.size(1), weight.size(1) - 1}, x.scalar_type(), x) : none(x);
+      return_final_state ? empty({call.states, dims.d, dims.w - 1}, in.x.scalar_type(), in.x) : none(in.x);
   call.params.y = view(y);
   if (return_final_state) call.params.final_state = view(final_state);
   if (call.check.cuda())
-    forward_cuda(call, x, seq_idx, cu_seqlens);
+    forward_cuda(call, in);
   else
-    forward_cpu(call, x.scalar_type());
-  return {y, final_state};
+    forward_cpu(call, in.x.scalar_type());
+  return {*y, final_state};
+}
+
+parts::ConvGrads parts::causal_conv1d_bwd(const ConvInputs& in, const Tensor& dy,
+                                          const OptTensor& dfinal_state, ConvGrads where) {
+  ConvCall call("causal_conv1d backward", in);
+  const ConvDims& dims = call.params.dims;
+  const ScalarType type = in.x.scalar_type();
+  call.check.all("dy", dy, "(b, d, l)", {dims.b, dims.d, dims.l}, {type});
+  if (dfinal_state)
+    call.check.all("dfinal_state", *dfinal_state, "(b, d, w - 1)", {call.states, dims.d, dims.w - 1}, {type});
+  allocate(where.x, in.x);
+  allocate(where.weight, in.weight);
+  allocate(where.bias, in.bias);
+  allocate(where.initial_state, in.initial_state);
+  ConvBwd params{.fwd = call.params,
+                 .dy = view(dy),
+                 .dx = view(where.x),
+                 .dweight = view(where.weight),
+                 .dbias = view(where.bias),
+                 .dfinal = view(dfinal_state),
+                 .dinitial = view(where.initial_state),
+                 .partial = nullptr};
+  if (call.check.cuda())
+    backward_cuda(call, params, in);
+  else
+    backward_cpu(call, params, in.x);
+  return where;
+}
+
+std::tuple<Tensor, Tensor> causal_conv1d_fwd(Tensor x, Tensor weight, OptTensor bias, OptTensor initial_state,
+                                             OptTensor seq_idx, OptTensor cu_seqlens, bool silu,
+                                             bool return_final_state) {
+  return parts::causal_conv1d_fwd({x, weight, bias, initial_state, seq_idx, cu_seqlens, silu},
+                                  return_final_state);
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> causal_conv1d_bwd(Tensor dy, OptTensor dfinal_state, Tensor x,
                                                              Tensor weight, OptTensor bias,
                                                              OptTensor initial_state, OptTensor seq_idx,
                                                              OptTensor cu_seqlens, bool silu) {
-  ConvCall call("causal_conv1d backward", x, weight, bias, initial_state, seq_idx, cu_seqlens, silu);
-  const ConvDims& dims = call.params.dims;
-  call.check.all("dy", dy, "(b, d, l)", {dims.b, dims.d, dims.l}, {x.scalar_type()});
-  if (dfinal_state)
-    call.check.all("dfinal_state", *dfinal_state, "(b, d, w - 1)", {call.states, dims.d, dims.w - 1},
-                   {x.scalar_type()});
-  Tensor dx = torch::stable::empty_like(x), dweight = torch::stable::empty_like(weight);
-  Tensor dbias = bias ? torch::stable::empty_like(*bias) : none(x);
-  Tensor dinitial = initial_state ? torch::stable::empty_like(*initial_state) : none(x);
-  ConvBwd params{.fwd = call.params,
-                 .dy = view(dy),
-                 .dx = view(dx),
-                 .dweight = view(dweight),
-                 .dbias = bias ? view(dbias) : View{},
-                 .dfinal = view(dfinal_state),
-                 .dinitial = initial_state ? view(dinitial) : View{},
-                 .partial = nullptr};
-  if (call.check.cuda())
-    backward_cuda(call, params, x, seq_idx, cu_seqlens);
-  else
-    backward_cpu(call, params, x);
-  return {dx, dweight, dbias, dinitial};
+  const auto grads =
+      parts::causal_conv1d_bwd({x, weight, bias, initial_state, seq_idx, cu_seqlens, silu}, dy, dfinal_state);
+  return {*grads.x, *grads.weight, parts::or_none(grads.bias, x), parts::or_none(grads.initial_state, x)};
 }
 
 }  // namespace mamba_ops

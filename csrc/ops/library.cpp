@@ -56,6 +56,47 @@ STABLE_TORCH_LIBRARY(mamba_ops, m) {
   // x, residual, y, sum (..., d); weight (d)
   m.def("add_rms_norm(Tensor x, Tensor residual, Tensor weight, float eps) -> (Tensor y, Tensor sum)");
 
+  // xz (b,2d,l); weights (d,w), (r+2n,d), (d,r), (m,d); A, B, C, D, delta_bias and states as for
+  // selective_scan
+  m.def(
+      "mamba_inner_fwd(Tensor xz, Tensor conv1d_weight, Tensor? conv1d_bias, Tensor x_proj_weight, "
+      "Tensor delta_proj_weight, Tensor out_proj_weight, Tensor? out_proj_bias, Tensor A, Tensor? B, "
+      "Tensor? C, Tensor? D, Tensor? delta_bias, Tensor? B_proj_bias, Tensor? C_proj_bias, "
+      "Tensor? b_rms_weight, Tensor? c_rms_weight, Tensor? dt_rms_weight, Tensor? conv_state, "
+      "Tensor? initial_state, Tensor? seq_idx, Tensor? cu_seqlens, bool delta_softplus, float rms_eps, "
+      "bool return_final_states) -> (Tensor out, Tensor conv_state, Tensor final_state)");
+  m.def(
+      "mamba_inner_bwd(Tensor? dout, Tensor? dconv_state, Tensor? dfinal_state, Tensor xz, "
+      "Tensor conv1d_weight, Tensor? conv1d_bias, Tensor x_proj_weight, Tensor delta_proj_weight, "
+      "Tensor out_proj_weight, Tensor? out_proj_bias, Tensor A, Tensor? B, Tensor? C, Tensor? D, "
+      "Tensor? delta_bias, Tensor? B_proj_bias, Tensor? C_proj_bias, Tensor? b_rms_weight, "
+      "Tensor? c_rms_weight, Tensor? dt_rms_weight, Tensor? conv_state, Tensor? initial_state, "
+      "Tensor? seq_idx, Tensor? cu_seqlens, bool delta_softplus, float rms_eps, bool x_proj_grad, "
+      "bool delta_proj_grad, bool out_proj_grad, bool out_proj_bias_grad) -> (Tensor dxz, "
+      "Tensor dconv1d_weight, Tensor dconv1d_bias, Tensor dx_proj_weight, Tensor ddelta_proj_weight, "
+      "Tensor dout_proj_weight, Tensor dout_proj_bias, Tensor dA, Tensor dB, Tensor dC, Tensor dD, "
+      "Tensor ddelta_bias, Tensor dB_proj_bias, Tensor dC_proj_bias, Tensor db_rms_weight, "
+      "Tensor dc_rms_weight, Tensor ddt_rms_weight, Tensor dconv_state_in, Tensor dinitial_state)");
+
+  // zxbcdt (b,l,2k+2d+2gn+h); weights (d+2gn,w), (d), (m,k+d); A, D, dt_bias and states as for ssd
+  m.def(
+      "mamba_split_conv1d_scan_fwd(Tensor zxbcdt, Tensor conv1d_weight, Tensor? conv1d_bias, "
+      "Tensor? dt_bias, Tensor A, Tensor? D, Tensor? rmsnorm_weight, Tensor? outproj_weight, "
+      "Tensor? outproj_bias, Tensor? conv_state, Tensor? initial_state, Tensor? seq_idx, "
+      "Tensor? cu_seqlens, SymInt headdim, SymInt ngroups, bool silu, float dt_min, float dt_max, "
+      "float rmsnorm_eps, bool norm_before_gate, int? chunk_size, bool mask_negative, "
+      "bool return_final_states) -> (Tensor out, Tensor conv_state, Tensor final_state)");
+  m.def(
+      "mamba_split_conv1d_scan_bwd(Tensor? dout, Tensor? dconv_state, Tensor? dfinal_state, Tensor zxbcdt, "
+      "Tensor conv1d_weight, Tensor? conv1d_bias, Tensor? dt_bias, Tensor A, Tensor? D, "
+      "Tensor? rmsnorm_weight, Tensor? outproj_weight, Tensor? outproj_bias, Tensor? conv_state, "
+      "Tensor? initial_state, Tensor? seq_idx, Tensor? cu_seqlens, SymInt headdim, SymInt ngroups, "
+      "bool silu, float dt_min, float dt_max, float rmsnorm_eps, bool norm_before_gate, int? chunk_size, "
+      "bool mask_negative, bool outproj_weight_grad, bool outproj_bias_grad) -> (Tensor dzxbcdt, "
+      "Tensor dconv1d_weight, Tensor dconv1d_bias, Tensor ddt_bias, Tensor dA, Tensor dD, "
+      "Tensor drmsnorm_weight, Tensor doutproj_weight, Tensor doutproj_bias, Tensor dconv_state_in, "
+      "Tensor dinitial_state)");
+
   // One token, or t of them; state_indices (b): rows of the state, negative for padding.
   // x (b,d[,t]); state (s,d,k); weight (d,w); bias (d)
   m.def(
@@ -92,18 +133,22 @@ void no_cuda_kernel(const char* op) {
 
 // One host function serves both devices.
 #define MAMBA_IMPL(name) m.impl(#name, TORCH_BOX(&mamba_ops::name))
-#define MAMBA_IMPL_ALL                \
-  MAMBA_IMPL(causal_conv1d_fwd);      \
-  MAMBA_IMPL(causal_conv1d_bwd);      \
-  MAMBA_IMPL(selective_scan_fwd);     \
-  MAMBA_IMPL(selective_scan_bwd);     \
-  MAMBA_IMPL(ssd_fwd);                \
-  MAMBA_IMPL(ssd_bwd);                \
-  MAMBA_IMPL(rms_norm_gated_fwd);     \
-  MAMBA_IMPL(rms_norm_gated_bwd);     \
-  MAMBA_IMPL(add_rms_norm);           \
-  MAMBA_IMPL(causal_conv1d_update);   \
-  MAMBA_IMPL(selective_state_update); \
+#define MAMBA_IMPL_ALL                     \
+  MAMBA_IMPL(causal_conv1d_fwd);           \
+  MAMBA_IMPL(causal_conv1d_bwd);           \
+  MAMBA_IMPL(selective_scan_fwd);          \
+  MAMBA_IMPL(selective_scan_bwd);          \
+  MAMBA_IMPL(ssd_fwd);                     \
+  MAMBA_IMPL(ssd_bwd);                     \
+  MAMBA_IMPL(rms_norm_gated_fwd);          \
+  MAMBA_IMPL(rms_norm_gated_bwd);          \
+  MAMBA_IMPL(add_rms_norm);                \
+  MAMBA_IMPL(mamba_inner_fwd);             \
+  MAMBA_IMPL(mamba_inner_bwd);             \
+  MAMBA_IMPL(mamba_split_conv1d_scan_fwd); \
+  MAMBA_IMPL(mamba_split_conv1d_scan_bwd); \
+  MAMBA_IMPL(causal_conv1d_update);        \
+  MAMBA_IMPL(selective_state_update);      \
   MAMBA_IMPL(ssd_state_update)
 
 STABLE_TORCH_LIBRARY_IMPL(mamba_ops, CPU, m) { MAMBA_IMPL_ALL; }

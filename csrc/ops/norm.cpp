@@ -5,6 +5,7 @@
 #include "ops/cuda.h"
 #include "ops/dispatch.h"
 #include "ops/ops.h"
+#include "ops/parts.h"
 
 namespace mamba_ops {
 
@@ -38,25 +39,25 @@ struct Lead {
   }
 };
 
-// What forward and backward share. views: of the inputs, x first, then of the outputs, which are contiguous.
+// What forward and backward share. views: of the inputs, x first, then of the outputs.
 struct NormCall {
   NormFwd params;
   std::vector<View> views;
 
-  NormCall(std::vector<Tensor> inputs, const std::vector<Tensor>& outputs, const Tensor& weight, double eps,
-           int64_t group, bool norm_before_gate) {
+  NormCall(const parts::NormInputs& in, std::vector<Tensor> inputs, const std::vector<Tensor>& outputs) {
+    const int64_t group = in.group_size;
     const auto all = [&] {
       std::vector<Tensor> tensors = inputs;
       tensors.insert(tensors.end(), outputs.begin(), outputs.end());
       return tensors;
     };
     Lead lead(all());
-    if (lead.sizes.size() > 3) {  // more than a View holds; with contiguous inputs every dim merges
+    if (lead.sizes.size() > 3) {  // more than a View holds; with contiguous tensors every dim merges
       for (Tensor& t : inputs) t = torch::stable::contiguous(t);
       copies = inputs;
       lead = Lead(all());
     }
-    NormDims dims{{1, 1, 1}, weight.size(0), group, kTileRows, eps, norm_before_gate};
+    NormDims dims{{1, 1, 1}, in.weight.size(0), group, kTileRows, in.eps, in.norm_before_gate};
     const size_t kept = lead.sizes.size();
     std::copy(lead.sizes.begin(), lead.sizes.end(), dims.lead + 3 - kept);
     bool by_rows = true;
@@ -76,7 +77,7 @@ struct NormCall {
               .x = {},
               .z = {},
               .y = {},
-              .weight = view(weight),
+              .weight = view(in.weight),
               .units = std::min(units, dims.tiles())};
   }
 
@@ -93,8 +94,8 @@ void check_like_x(const Checker& check, const char* name, const Tensor& t, const
     fail(check.op(), std::string(name) + " must be shaped like x = " + shape_of(x) + ", got " + shape_of(t));
 }
 
-void check_norm(const Checker& check, const Tensor& x, const Tensor& weight, const OptTensor& z, double eps,
-                int64_t group) {
+void check_norm(const Checker& check, const parts::NormInputs& in) {
+  const auto& [x, weight, z, eps, group, norm_before_gate] = in;
   const ScalarType type = check.float_type("x", x);
   if (x.dim() == 0) fail(check.op(), "x must be (..., d), got a tensor without dims");
   const int64_t d = x.size(x.dim() - 1);
@@ -155,46 +156,55 @@ void backward_cuda(const Checker& check, NormBwd&, ScalarType, const Tensor&) { 
 
 }  // namespace
 
+Tensor parts::rms_norm_gated_fwd(const NormInputs& in, OptTensor y) {
+  const Checker check("rms_norm_gated", in.x);
+  check_norm(check, in);
+  if (!y) y = contiguous_like(in.x);
+  std::vector<Tensor> inputs{in.x};
+  if (in.z) inputs.push_back(*in.z);
+  NormCall call(in, inputs, {*y});
+  call.params.x = call.views[0];
+  if (in.z) call.params.z = call.views[1];
+  call.params.y = call.views.back();
+  check.cuda() ? forward_cuda(check, call.params, in.x) : forward_cpu(call.params, in.x.scalar_type());
+  return *y;
+}
+
+parts::NormGrads parts::rms_norm_gated_bwd(const NormInputs& in, const Tensor& dy, NormGrads where) {
+  const Checker check("rms_norm_gated backward", in.x);
+  check_norm(check, in);
+  check_like_x(check, "dy", dy, in.x);
+  if (!where.x) where.x = contiguous_like(in.x);
+  if (in.z && !where.z) where.z = contiguous_like(in.x);
+  allocate(where.weight, in.weight);
+  std::vector<Tensor> inputs{in.x, dy}, outputs{*where.x};
+  if (in.z) {
+    inputs.push_back(*in.z);
+    outputs.push_back(*where.z);
+  }
+  NormCall call(in, inputs, outputs);
+  NormBwd params{.fwd = call.params,
+                 .dy = call.views[1],
+                 .dx = call.views[in.z ? 3 : 2],
+                 .dz = in.z ? call.views[4] : View{},
+                 .dweight = view(where.weight),
+                 .partial = nullptr};
+  params.fwd.x = call.views[0];
+  if (in.z) params.fwd.z = call.views[2];
+  const ScalarType type = bwd_arithmetic(in.x, in.group_size);
+  check.cuda() ? backward_cuda(check, params, type, in.x) : backward_cpu(params, type, in.x);
+  return where;
+}
+
 Tensor rms_norm_gated_fwd(Tensor x, Tensor weight, OptTensor z, double eps, int64_t group_size,
                           bool norm_before_gate) {
-  const Checker check("rms_norm_gated", x);
-  check_norm(check, x, weight, z, eps, group_size);
-  std::vector<Tensor> inputs{x};
-  if (z) inputs.push_back(*z);
-  Tensor y = contiguous_like(x);
-  NormCall call(inputs, {y}, weight, eps, group_size, norm_before_gate);
-  call.params.x = call.views[0];
-  if (z) call.params.z = call.views[1];
-  call.params.y = call.views.back();
-  check.cuda() ? forward_cuda(check, call.params, x) : forward_cpu(call.params, x.scalar_type());
-  return y;
+  return parts::rms_norm_gated_fwd({x, weight, z, eps, group_size, norm_before_gate});
 }
 
 std::tuple<Tensor, Tensor, Tensor> rms_norm_gated_bwd(Tensor dy, Tensor x, Tensor weight, OptTensor z,
                                                       double eps, int64_t group_size, bool norm_before_gate) {
-  const Checker check("rms_norm_gated backward", x);
-  check_norm(check, x, weight, z, eps, group_size);
-  check_like_x(check, "dy", dy, x);
-  std::vector<Tensor> inputs{x, dy};
-  Tensor dx = contiguous_like(x), dz = z ? contiguous_like(x) : none(x),
-         dweight = torch::stable::empty_like(weight);
-  std::vector<Tensor> outputs{dx};
-  if (z) {
-    inputs.push_back(*z);
-    outputs.push_back(dz);
-  }
-  NormCall call(inputs, outputs, weight, eps, group_size, norm_before_gate);
-  NormBwd params{.fwd = call.params,
-                 .dy = call.views[1],
-                 .dx = call.views[z ? 3 : 2],
-                 .dz = z ? call.views[4] : View{},
-                 .dweight = view(dweight),
-                 .partial = nullptr};
-  params.fwd.x = call.views[0];
-  if (z) params.fwd.z = call.views[2];
-  const ScalarType type = bwd_arithmetic(x, group_size);
-  check.cuda() ? backward_cuda(check, params, type, x) : backward_cpu(params, type, x);
-  return {dx, dweight, dz};
+  const auto grads = parts::rms_norm_gated_bwd({x, weight, z, eps, group_size, norm_before_gate}, dy);
+  return {*grads.x, *grads.weight, parts::or_none(grads.z, x)};
 }
 
 }  // namespace mamba_ops

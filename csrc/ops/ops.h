@@ -50,4 +50,37 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tenso
     OptTensor z, OptTensor dt_bias, OptTensor initial_state, OptTensor seq_idx, OptTensor cu_seqlens,
     bool dt_softplus, double dt_min, double dt_max, std::optional<int64_t> chunk_size);
 
+std::tuple<Tensor, Tensor, Tensor> mamba_inner_fwd(
+    Tensor xz, Tensor conv1d_weight, OptTensor conv1d_bias, Tensor x_proj_weight, Tensor delta_proj_weight,
+    Tensor out_proj_weight, OptTensor out_proj_bias, Tensor A, OptTensor B, OptTensor C, OptTensor D,
+    OptTensor delta_bias, OptTensor B_proj_bias, OptTensor C_proj_bias, OptTensor b_rms_weight,
+    OptTensor c_rms_weight, OptTensor dt_rms_weight, OptTensor conv_state, OptTensor initial_state,
+    OptTensor seq_idx, OptTensor cu_seqlens, bool delta_softplus, double rms_eps, bool return_final_states);
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor,
+           Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>
+mamba_inner_bwd(OptTensor dout, OptTensor dconv_state, OptTensor dfinal_state, Tensor xz,
+                Tensor conv1d_weight, OptTensor conv1d_bias, Tensor x_proj_weight, Tensor delta_proj_weight,
+                Tensor out_proj_weight, OptTensor out_proj_bias, Tensor A, OptTensor B, OptTensor C,
+                OptTensor D, OptTensor delta_bias, OptTensor B_proj_bias, OptTensor C_proj_bias,
+                OptTensor b_rms_weight, OptTensor c_rms_weight, OptTensor dt_rms_weight, OptTensor conv_state,
+                OptTensor initial_state, OptTensor seq_idx, OptTensor cu_seqlens, bool delta_softplus,
+                double rms_eps, bool x_proj_grad, bool delta_proj_grad, bool out_proj_grad,
+                bool out_proj_bias_grad);
+
+std::tuple<Tensor, Tensor, Tensor> mamba_split_conv1d_scan_fwd(
+    Tensor zxbcdt, Tensor conv1d_weight, OptTensor conv1d_bias, OptTensor dt_bias, Tensor A, OptTensor D,
+    OptTensor rmsnorm_weight, OptTensor outproj_weight, OptTensor outproj_bias, OptTensor conv_state,
+    OptTensor initial_state, OptTensor seq_idx, OptTensor cu_seqlens, int64_t headdim, int64_t ngroups,
+    bool silu, double dt_min, double dt_max, double rmsnorm_eps, bool norm_before_gate,
+    std::optional<int64_t> chunk_size, bool mask_negative, bool return_final_states);
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>
+mamba_split_conv1d_scan_bwd(OptTensor dout, OptTensor dconv_state, OptTensor dfinal_state, Tensor zxbcdt,
+                            Tensor conv1d_weight, OptTensor conv1d_bias, OptTensor dt_bias, Tensor A,
+                            OptTensor D, OptTensor rmsnorm_weight, OptTensor outproj_weight,
+                            OptTensor outproj_bias, OptTensor conv_state, OptTensor initial_state,
+                            OptTensor seq_idx, OptTensor cu_seqlens, int64_t headdim, int64_t ngroups,
+                            bool silu, double dt_min, double dt_max, double rmsnorm_eps,
+                            bool norm_before_gate, std::optional<int64_t> chunk_size, bool mask_negative,
+                            bool outproj_weight_grad, bool outproj_bias_grad);
+
 }  // namespace mamba_ops

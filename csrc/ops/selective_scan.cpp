@@ -5,6 +5,7 @@
 #include "ops/cuda.h"
 #include "ops/dispatch.h"
 #include "ops/ops.h"
+#include "ops/parts.h"
 
 #ifdef USE_CUDA
 #include "kernels/cuda/selective_scan.h"
@@ -22,11 +23,9 @@ struct ScanCall {
   ScanFwd params{};
   std::optional<Segments> segments;
 
-  ScanCall(const char* op, const Tensor& u, const Tensor& delta, const Tensor& A, const Tensor& B,
-           const Tensor& C, const OptTensor& D, const OptTensor& z, const OptTensor& delta_bias,
-           const OptTensor& initial_state, const OptTensor& seq_idx, const OptTensor& cu_seqlens,
-           bool softplus)
-      : check(op, u), type(check.float_type("u", u)), arithmetic(arithmetic_type(type)) {
+  ScanCall(const char* op, const parts::ScanInputs& in)
+      : check(op, in.u), type(check.float_type("u", in.u)), arithmetic(arithmetic_type(type)) {
+    const auto& [u, delta, A, B, C, D, z, delta_bias, initial_state, seq_idx, cu_seqlens, softplus] = in;
     check.shape("u", u, "(b, d, l)", {-1, -1, -1});
     const int64_t b = u.size(0), d = u.size(1), l = u.size(2);
     check.all("delta", delta, "(b, d, l)", {b, d, l}, {type, ScalarType::Float});
@@ -200,93 +199,91 @@ void backward_cpu(const ScanCall& call, ScanBwd& params, const Tensor& u) {
 }
 
 #ifdef USE_CUDA
-void forward_cuda(const ScanCall& call, const ScanFwd& params, const Tensor& u, const OptTensor& seq_idx,
-                  const OptTensor& cu_seqlens) {
-  CudaCall cuda(call.check.op(), u);
-  const Sequences seqs = cuda.sequences(params.dims.l, seq_idx, cu_seqlens);
+void forward_cuda(const ScanCall& call, const ScanFwd& params, const parts::ScanInputs& in) {
+  CudaCall cuda(call.check.op(), in.u);
+  const Sequences seqs = cuda.sequences(params.dims.l, in.seq_idx, in.cu_seqlens);
   const auto kernel = scan_kernel(params, seqs);
-  const Tensor workspace = empty({kernel.workspace(params)}, ScalarType::Byte, u);
+  const Tensor workspace = empty({kernel.workspace(params)}, ScalarType::Byte, in.u);
   cuda.launched(kernel.launch(params, seqs, call.states, workspace.data_ptr(), cuda.stream()));
 }
 
-void backward_cuda(const ScanCall& call, const ScanBwd& params, const Tensor& u, const OptTensor& seq_idx,
-                   const OptTensor& cu_seqlens) {
-  CudaCall cuda(call.check.op(), u);
-  const Sequences seqs = cuda.sequences(params.fwd.dims.l, seq_idx, cu_seqlens);
+void backward_cuda(const ScanCall& call, const ScanBwd& params, const parts::ScanInputs& in) {
+  CudaCall cuda(call.check.op(), in.u);
+  const Sequences seqs = cuda.sequences(params.fwd.dims.l, in.seq_idx, in.cu_seqlens);
   const auto kernel = scan_kernel(params, seqs);
-  const Tensor workspace = empty({kernel.workspace(params)}, ScalarType::Byte, u);
+  const Tensor workspace = empty({kernel.workspace(params)}, ScalarType::Byte, in.u);
   cuda.launched(kernel.launch(params, seqs, call.states, workspace.data_ptr(), cuda.stream()));
 }
 #else
-void forward_cuda(const ScanCall& call, const ScanFwd&, const Tensor&, const OptTensor&, const OptTensor&) {
+void forward_cuda(const ScanCall& call, const ScanFwd&, const parts::ScanInputs&) {
   no_cuda_kernel(call.check.op());
 }
-void backward_cuda(const ScanCall& call, const ScanBwd&, const Tensor&, const OptTensor&, const OptTensor&) {
+void backward_cuda(const ScanCall& call, const ScanBwd&, const parts::ScanInputs&) {
   no_cuda_kernel(call.check.op());
 }
 #endif
 
+void forward_on_device(const ScanCall& call, const ScanFwd& params, const parts::ScanInputs& in) {
+  if (call.check.cuda())
+    forward_cuda(call, params, in);
+  else
+    forward_cpu(call, params, in.u);
+}
+
 }  // namespace
 
-std::tuple<Tensor, Tensor, Tensor> selective_scan_fwd(Tensor u, Tensor delta, Tensor A, Tensor B, Tensor C,
-                                                      OptTensor D, OptTensor z, OptTensor delta_bias,
-                                                      OptTensor initial_state, OptTensor seq_idx,
-                                                      OptTensor cu_seqlens, bool delta_softplus,
-                                                      bool return_final_state, bool save_checkpoints) {
-  ScanCall call("selective_scan", u, delta, A, B, C, D, z, delta_bias, initial_state, seq_idx, cu_seqlens,
-                delta_softplus);
+std::tuple<Tensor, Tensor, Tensor> parts::selective_scan_fwd(const ScanInputs& in, bool return_final_state,
+                                                             bool save_checkpoints, OptTensor y) {
+  ScanCall call("selective_scan", in);
   const ScanDims& dims = call.params.dims;
-  Tensor y = torch::stable::empty_like(u);
-  Tensor final_state = return_final_state ? empty({call.states, dims.d, dims.n}, call.state_type, u)
-                                          : empty({0}, call.state_type, u);
-  Tensor checkpoints = save_checkpoints ? checkpoint_rows(call, u) : empty({0}, call.arithmetic, u);
-  if (initial_state) initial_state = torch::stable::contiguous(*initial_state);
+  allocate(y, in.u);
+  Tensor final_state = return_final_state ? empty({call.states, dims.d, dims.n}, call.state_type, in.u)
+                                          : empty({0}, call.state_type, in.u);
+  Tensor checkpoints = save_checkpoints ? checkpoint_rows(call, in.u) : empty({0}, call.arithmetic, in.u);
+  OptTensor initial_state;
+  if (in.initial_state) initial_state = torch::stable::contiguous(*in.initial_state);
   ScanFwd params = call.params;
   params.y = view(y);
   params.states_in = initial_state ? initial_state->data_ptr() : nullptr;
   params.states_out = return_final_state ? final_state.data_ptr() : nullptr;
   params.checkpoints = save_checkpoints ? checkpoints.data_ptr() : nullptr;
-  if (call.check.cuda())
-    forward_cuda(call, params, u, seq_idx, cu_seqlens);
-  else
-    forward_cpu(call, params, u);
-  return {y, final_state, checkpoints};
+  forward_on_device(call, params, in);
+  return {*y, final_state, checkpoints};
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> selective_scan_bwd(
-    Tensor dy, OptTensor dfinal_state, Tensor u, Tensor delta, Tensor A, Tensor B, Tensor C, OptTensor D,
-    OptTensor z, OptTensor delta_bias, OptTensor initial_state, OptTensor seq_idx, OptTensor cu_seqlens,
-    Tensor checkpoints, bool delta_softplus) {
-  ScanCall call("selective_scan backward", u, delta, A, B, C, D, z, delta_bias, initial_state, seq_idx,
-                cu_seqlens, delta_softplus);
+parts::ScanGrads parts::selective_scan_bwd(const ScanInputs& in, const Tensor& dy,
+                                           const OptTensor& dfinal_state, Tensor checkpoints,
+                                           ScanGrads where) {
+  ScanCall call("selective_scan backward", in);
   const ScanDims& dims = call.params.dims;
   call.check.all("dy", dy, "(b, d, l)", {dims.b, dims.d, dims.l}, {call.type});
   if (dfinal_state)
     call.check.all("dfinal_state", *dfinal_state, "(b, d, n)", {call.states, dims.d, dims.n},
                    {call.state_type});
-  if (initial_state) initial_state = torch::stable::contiguous(*initial_state);
-  if (dfinal_state) dfinal_state = torch::stable::contiguous(*dfinal_state);
-  const auto like = [&](const OptTensor& t) { return t ? torch::stable::empty_like(*t) : none(u); };
-  Tensor du = torch::stable::empty_like(u), ddelta = torch::stable::empty_like(delta),
-         dA = torch::stable::empty_like(A);
-  Tensor dB = torch::stable::empty_like(B), dC = torch::stable::empty_like(C), dD = like(D), dz = like(z),
-         dbias = like(delta_bias);
-  Tensor dinitial = like(initial_state);
+  OptTensor initial_state, leaving;
+  if (in.initial_state) initial_state = torch::stable::contiguous(*in.initial_state);
+  if (dfinal_state) leaving = torch::stable::contiguous(*dfinal_state);
+  allocate(where.u, in.u);
+  allocate(where.delta, in.delta);
+  allocate(where.A, in.A);
+  allocate(where.B, in.B);
+  allocate(where.C, in.C);
+  allocate(where.D, in.D);
+  allocate(where.z, in.z);
+  allocate(where.delta_bias, in.delta_bias);
+  allocate(where.initial_state, initial_state);
 
   ScanBwd params{};
   params.fwd = call.params;
   params.fwd.states_in = initial_state ? initial_state->data_ptr() : nullptr;
   if (checkpoints.numel() == 0) {  // the forward was not told that there would be a backward
-    checkpoints = checkpoint_rows(call, u);
+    checkpoints = checkpoint_rows(call, in.u);
     if (checkpoints.numel() > 0) {
-      Tensor y = torch::stable::empty_like(u);
+      Tensor y = torch::stable::empty_like(in.u);
       ScanFwd again = params.fwd;
       again.checkpoints = checkpoints.data_ptr();
       again.y = view(y);
-      if (call.check.cuda())
-        forward_cuda(call, again, u, seq_idx, cu_seqlens);
-      else
-        forward_cpu(call, again, u);
+      forward_on_device(call, again, in);
     }
   }
   call.check.all("checkpoints", checkpoints, "(b, l / checkpoint, parts, n, d)",
@@ -294,21 +291,50 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tenso
   checkpoints = torch::stable::contiguous(checkpoints);
   params.fwd.checkpoints = checkpoints.data_ptr();
   params.dy = view(dy);
-  params.du = view(du);
-  params.ddelta = view(ddelta);
-  params.dz = z ? view(dz) : View{};
-  params.dA = view(dA);
-  params.dB = view(dB);
-  params.dC = view(dC);
-  params.dD = D ? view(dD) : View{};
-  params.ddelta_bias = delta_bias ? view(dbias) : View{};
-  params.dstates_out = dfinal_state ? dfinal_state->data_ptr() : nullptr;
-  params.dstates_in = initial_state ? dinitial.data_ptr() : nullptr;
+  params.du = view(where.u);
+  params.ddelta = view(where.delta);
+  params.dz = view(where.z);
+  params.dA = view(where.A);
+  params.dB = view(where.B);
+  params.dC = view(where.C);
+  params.dD = view(where.D);
+  params.ddelta_bias = view(where.delta_bias);
+  params.dstates_out = leaving ? leaving->data_ptr() : nullptr;
+  params.dstates_in = initial_state ? where.initial_state->data_ptr() : nullptr;
   if (call.check.cuda())
-    backward_cuda(call, params, u, seq_idx, cu_seqlens);
+    backward_cuda(call, params, in);
   else
-    backward_cpu(call, params, u);
-  return {du, ddelta, dA, dB, dC, dD, dz, dbias, dinitial};
+    backward_cpu(call, params, in.u);
+  return where;
+}
+
+std::tuple<Tensor, Tensor, Tensor> selective_scan_fwd(Tensor u, Tensor delta, Tensor A, Tensor B, Tensor C,
+                                                      OptTensor D, OptTensor z, OptTensor delta_bias,
+                                                      OptTensor initial_state, OptTensor seq_idx,
+                                                      OptTensor cu_seqlens, bool delta_softplus,
+                                                      bool return_final_state, bool save_checkpoints) {
+  return parts::selective_scan_fwd(
+      {u, delta, A, B, C, D, z, delta_bias, initial_state, seq_idx, cu_seqlens, delta_softplus},
+      return_final_state, save_checkpoints);
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> selective_scan_bwd(
+    Tensor dy, OptTensor dfinal_state, Tensor u, Tensor delta, Tensor A, Tensor B, Tensor C, OptTensor D,
+    OptTensor z, OptTensor delta_bias, OptTensor initial_state, OptTensor seq_idx, OptTensor cu_seqlens,
+    Tensor checkpoints, bool delta_softplus) {
+  const auto grads = parts::selective_scan_bwd(
+      {u, delta, A, B, C, D, z, delta_bias, initial_state, seq_idx, cu_seqlens, delta_softplus}, dy,
+      dfinal_state, checkpoints);
+  const auto kept = [&](const OptTensor& grad) { return parts::or_none(grad, u); };
+  return {*grads.u,
+          *grads.delta,
+          *grads.A,
+          *grads.B,
+          *grads.C,
+          kept(grads.D),
+          kept(grads.z),
+          kept(grads.delta_bias),
+          kept(grads.initial_state)};
 }
 
 }  // namespace mamba_ops

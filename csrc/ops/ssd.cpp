@@ -5,6 +5,7 @@
 #include "ops/cuda.h"
 #include "ops/dispatch.h"
 #include "ops/ops.h"
+#include "ops/parts.h"
 #ifdef USE_CUDA
 #include "kernels/cuda/ssd.h"
 #endif
@@ -21,11 +22,10 @@ struct SsdCall {
   SsdFwd params{};
   std::optional<Segments> segments;
 
-  SsdCall(const char* op, const Tensor& x, const Tensor& dt, const Tensor& A, const Tensor& B,
-          const Tensor& C, const OptTensor& D, const OptTensor& z, const OptTensor& dt_bias,
-          const OptTensor& initial_state, const OptTensor& seq_idx, const OptTensor& cu_seqlens,
-          bool softplus, double dt_min, double dt_max, std::optional<int64_t> chunk_size)
-      : check(op, x), type(check.float_type("x", x)), arithmetic(arithmetic_type(type)) {
+  SsdCall(const char* op, const parts::SsdInputs& in)
+      : check(op, in.x), type(check.float_type("x", in.x)), arithmetic(arithmetic_type(type)) {
+    const auto& [x, dt, A, B, C, D, z, dt_bias, initial_state, seq_idx, cu_seqlens, softplus, dt_min, dt_max,
+                 chunk_size] = in;
     check.shape("x", x, "(b, l, h, p)", {-1, -1, -1, -1});
     const int64_t b = x.size(0), l = x.size(1), h = x.size(2), p = x.size(3);
     check.that(p >= 1 && p <= kSsdMaxWidth, "x must be (b, l, h, p) with p in 1.." +
@@ -213,85 +213,111 @@ void backward_cpu(const SsdCall& call, SsdBwd params, const Tensor& x) {
 
 #ifdef USE_CUDA
 template <class Params>
-void run_cuda(const SsdCall& call, const Params& params, const Tensor& x, const OptTensor& seq_idx,
-              const OptTensor& cu_seqlens) {
-  CudaCall cuda(call.check.op(), x);
-  const Sequences seqs = cuda.sequences(call.params.dims.l, seq_idx, cu_seqlens);
+void run_cuda(const SsdCall& call, const Params& params, const parts::SsdInputs& in) {
+  CudaCall cuda(call.check.op(), in.x);
+  const Sequences seqs = cuda.sequences(call.params.dims.l, in.seq_idx, in.cu_seqlens);
   const SsdKernel<Params> kernel = ssd_kernel(params, seqs);
-  const Tensor workspace = empty({kernel.workspace(params, seqs, call.states)}, ScalarType::Byte, x);
+  const Tensor workspace = empty({kernel.workspace(params, seqs, call.states)}, ScalarType::Byte, in.x);
   cuda.launched(kernel.launch(params, seqs, call.states, workspace.data_ptr(), cuda.stream()));
 }
 #else
 template <class Params>
-void run_cuda(const SsdCall& call, const Params&, const Tensor&, const OptTensor&, const OptTensor&) {
+void run_cuda(const SsdCall& call, const Params&, const parts::SsdInputs&) {
   no_cuda_kernel(call.check.op());
 }
 #endif
 
 }  // namespace
 
-std::tuple<Tensor, Tensor> ssd_fwd(Tensor x, Tensor dt, Tensor A, Tensor B, Tensor C, OptTensor D,
-                                   OptTensor z, OptTensor dt_bias, OptTensor initial_state, OptTensor seq_idx,
-                                   OptTensor cu_seqlens, bool dt_softplus, double dt_min, double dt_max,
-                                   std::optional<int64_t> chunk_size, bool return_final_state) {
-  SsdCall call("ssd", x, dt, A, B, C, D, z, dt_bias, initial_state, seq_idx, cu_seqlens, dt_softplus, dt_min,
-               dt_max, chunk_size);
+std::tuple<Tensor, Tensor> parts::ssd_fwd(const SsdInputs& in, bool return_final_state, OptTensor y) {
+  SsdCall call("ssd", in);
   const SsdDims& dims = call.params.dims;
-  Tensor y = torch::stable::empty_like(x);
-  Tensor final_state = return_final_state ? empty({call.states, dims.h, dims.p, dims.n}, call.arithmetic, x)
-                                          : empty({0}, call.arithmetic, x);
-  if (initial_state) initial_state = torch::stable::contiguous(*initial_state);
+  allocate(y, in.x);
+  Tensor final_state = return_final_state
+                           ? empty({call.states, dims.h, dims.p, dims.n}, call.arithmetic, in.x)
+                           : empty({0}, call.arithmetic, in.x);
+  OptTensor initial_state;
+  if (in.initial_state) initial_state = torch::stable::contiguous(*in.initial_state);
   SsdFwd params = call.params;
   params.y = view(y);
   params.states_in = initial_state ? initial_state->data_ptr() : nullptr;
   params.states_out = return_final_state ? final_state.data_ptr() : nullptr;
   if (call.check.cuda())
-    run_cuda(call, params, x, seq_idx, cu_seqlens);
+    run_cuda(call, params, in);
   else
-    forward_cpu(call, params, x);
-  return {y, final_state};
+    forward_cpu(call, params, in.x);
+  return {*y, final_state};
+}
+
+parts::SsdGrads parts::ssd_bwd(const SsdInputs& in, const Tensor& dy, const OptTensor& dfinal_state,
+                               SsdGrads where) {
+  SsdCall call("ssd backward", in);
+  const SsdDims& dims = call.params.dims;
+  call.check.all("dy", dy, "(b, l, h, p)", {dims.b, dims.l, dims.h, dims.p}, {call.type});
+  OptTensor initial_state, leaving;
+  if (dfinal_state) {
+    call.check.all("dfinal_state", *dfinal_state, "(b, h, p, n)", {call.states, dims.h, dims.p, dims.n},
+                   {call.arithmetic});
+    leaving = torch::stable::contiguous(*dfinal_state);
+  }
+  if (in.initial_state) initial_state = torch::stable::contiguous(*in.initial_state);
+  allocate(where.x, in.x);
+  allocate(where.dt, in.dt);
+  allocate(where.A, in.A);
+  allocate(where.B, in.B);
+  allocate(where.C, in.C);
+  allocate(where.D, in.D);
+  allocate(where.z, in.z);
+  allocate(where.dt_bias, in.dt_bias);
+  allocate(where.initial_state, initial_state);
+
+  SsdBwd params{};
+  params.fwd = call.params;
+  params.fwd.states_in = initial_state ? initial_state->data_ptr() : nullptr;
+  params.dy = view(dy);
+  params.dx = view(where.x);
+  params.dz = view(where.z);
+  params.ddt = view(where.dt);
+  params.dA = view(where.A);
+  params.ddt_bias = view(where.dt_bias);
+  params.dB = view(where.B);
+  params.dC = view(where.C);
+  params.dD = view(where.D);
+  params.dstates_out = leaving ? leaving->data_ptr() : nullptr;
+  params.dstates_in = initial_state ? where.initial_state->data_ptr() : nullptr;
+  if (call.check.cuda())
+    run_cuda(call, params, in);
+  else
+    backward_cpu(call, params, in.x);
+  return where;
+}
+
+std::tuple<Tensor, Tensor> ssd_fwd(Tensor x, Tensor dt, Tensor A, Tensor B, Tensor C, OptTensor D,
+                                   OptTensor z, OptTensor dt_bias, OptTensor initial_state, OptTensor seq_idx,
+                                   OptTensor cu_seqlens, bool dt_softplus, double dt_min, double dt_max,
+                                   std::optional<int64_t> chunk_size, bool return_final_state) {
+  return parts::ssd_fwd({x, dt, A, B, C, D, z, dt_bias, initial_state, seq_idx, cu_seqlens, dt_softplus,
+                         dt_min, dt_max, chunk_size},
+                        return_final_state);
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> ssd_bwd(
     Tensor dy, OptTensor dfinal_state, Tensor x, Tensor dt, Tensor A, Tensor B, Tensor C, OptTensor D,
     OptTensor z, OptTensor dt_bias, OptTensor initial_state, OptTensor seq_idx, OptTensor cu_seqlens,
     bool dt_softplus, double dt_min, double dt_max, std::optional<int64_t> chunk_size) {
-  SsdCall call("ssd backward", x, dt, A, B, C, D, z, dt_bias, initial_state, seq_idx, cu_seqlens, dt_softplus,
-               dt_min, dt_max, chunk_size);
-  const SsdDims& dims = call.params.dims;
-  call.check.all("dy", dy, "(b, l, h, p)", {dims.b, dims.l, dims.h, dims.p}, {call.type});
-  if (dfinal_state) {
-    call.check.all("dfinal_state", *dfinal_state, "(b, h, p, n)", {call.states, dims.h, dims.p, dims.n},
-                   {call.arithmetic});
-    dfinal_state = torch::stable::contiguous(*dfinal_state);
-  }
-  if (initial_state) initial_state = torch::stable::contiguous(*initial_state);
-  const auto like = [&](const OptTensor& t) { return t ? torch::stable::empty_like(*t) : none(x); };
-  Tensor dx = torch::stable::empty_like(x), ddt = torch::stable::empty_like(dt),
-         dA = torch::stable::empty_like(A);
-  Tensor dB = torch::stable::empty_like(B), dC = torch::stable::empty_like(C), dD = like(D), dz = like(z),
-         dbias = like(dt_bias);
-  Tensor dinitial = like(initial_state);
-
-  SsdBwd params{};
-  params.fwd = call.params;
-  params.fwd.states_in = initial_state ? initial_state->data_ptr() : nullptr;
-  params.dy = view(dy);
-  params.dx = view(dx);
-  params.dz = z ? view(dz) : View{};
-  params.ddt = view(ddt);
-  params.dA = view(dA);
-  params.ddt_bias = dt_bias ? view(dbias) : View{};
-  params.dB = view(dB);
-  params.dC = view(dC);
-  params.dD = D ? view(dD) : View{};
-  params.dstates_out = dfinal_state ? dfinal_state->data_ptr() : nullptr;
-  params.dstates_in = initial_state ? dinitial.data_ptr() : nullptr;
-  if (call.check.cuda())
-    run_cuda(call, params, x, seq_idx, cu_seqlens);
-  else
-    backward_cpu(call, params, x);
-  return {dx, ddt, dA, dB, dC, dD, dz, dbias, dinitial};
+  const auto grads = parts::ssd_bwd({x, dt, A, B, C, D, z, dt_bias, initial_state, seq_idx, cu_seqlens,
+                                     dt_softplus, dt_min, dt_max, chunk_size},
+                                    dy, dfinal_state);
+  const auto kept = [&](const OptTensor& grad) { return parts::or_none(grad, x); };
+  return {*grads.x,
+          *grads.dt,
+          *grads.A,
+          *grads.B,
+          *grads.C,
+          kept(grads.D),
+          kept(grads.z),
+          kept(grads.dt_bias),
+          kept(grads.initial_state)};
 }
 
 }  // namespace mamba_ops
