@@ -48,13 +48,44 @@ def register_fake(name: str) -> Callable[[F], F]:
     return register
 
 
+def register_autograd(name: str, setup_context: Callable[..., None], backward: Callable[..., Any]) -> None:
+    """Makes operator `name` differentiable, by functions as for ``torch.library.register_autograd``.
+
+    The wrapper of that one reads the schema again in every call, which takes longer than a small operator.
+    """
+    op = getattr(torch.ops.mamba_ops, name).default
+
+    def below(keyset: Any, args: Iterable[Any]) -> Any:
+        with torch._C._AutoDispatchBelowAutograd():
+            return op.redispatch(keyset & torch._C._after_autograd_keyset, *args)
+
+    def forward(ctx: Any, *args: Any) -> Any:
+        *inputs, keyset = args
+        output = below(keyset, inputs)
+        setup_context(ctx, inputs, output)
+        return output
+
+    def differentiate(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        return (*backward(ctx, *grads), None)
+
+    methods = {"forward": staticmethod(forward), "backward": staticmethod(differentiate)}
+    function: Any = type(name, (torch.autograd.Function,), methods)
+
+    def kernel(keyset: Any, *args: Any) -> Any:
+        if torch.is_grad_enabled() and any(isinstance(a, Tensor) and a.requires_grad for a in args):
+            return function.apply(*args, keyset)
+        return below(keyset, args)
+
+    _library.impl(name, kernel, "Autograd", with_keyset=True)  # type: ignore[no-untyped-call]
+
+
 def register_once_differentiable(name: str) -> None:
     """Makes differentiating the backward operator `name` an error; torch would drop the result silently."""
 
     def refuse(ctx: Any, *grads: Any) -> Any:
         raise RuntimeError(f"{name}: the operators of mamba_ops are once differentiable (no double backward)")
 
-    torch.library.register_autograd(f"mamba_ops::{name}", refuse)
+    register_autograd(name, lambda *_: None, refuse)
 
 
 def state_as(op: str, state: Tensor, dtype: torch.dtype) -> Tensor:

@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ._library import register_fake
+from ._library import register_autograd, register_fake
 
 _add_norm = torch.ops.mamba_ops.add_rms_norm.default
 _norm_bwd = torch.ops.mamba_ops.rms_norm_gated_bwd.default
@@ -61,4 +61,4 @@ def _backward(ctx: Any, dy: Tensor | None, dsum: Tensor | None) -> tuple[Tensor 
     return None if dsum is None else dsum.to(ctx.dtype), dsum, dweight, None
 
 
-torch.library.register_autograd("mamba_ops::add_rms_norm", _backward, setup_context=_setup_context)
+register_autograd("add_rms_norm", _setup_context, _backward)

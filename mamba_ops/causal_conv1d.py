@@ -5,7 +5,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ._library import is_silu, register_autocast, register_fake, register_once_differentiable, state_rows
+from ._library import (
+    is_silu,
+    register_autocast,
+    register_autograd,
+    register_fake,
+    register_once_differentiable,
+    state_rows,
+)
 
 _fwd = torch.ops.mamba_ops.causal_conv1d_fwd.default
 _bwd = torch.ops.mamba_ops.causal_conv1d_bwd.default
@@ -119,6 +126,6 @@ def _backward(ctx: Any, dy: Tensor | None, dfinal_state: Tensor | None) -> tuple
     )
 
 
-torch.library.register_autograd("mamba_ops::causal_conv1d_fwd", _backward, setup_context=_setup_context)
+register_autograd("causal_conv1d_fwd", _setup_context, _backward)
 register_autocast("causal_conv1d_fwd", positions=(0, 3))
 register_once_differentiable("causal_conv1d_bwd")

@@ -10,6 +10,7 @@ from ._library import (
     grad_like,
     kept,
     register_autocast,
+    register_autograd,
     register_fake,
     register_once_differentiable,
     state_as,
@@ -146,6 +147,6 @@ def _backward(
     return (*kept(grads, tensors, needed), *[None] * 5)
 
 
-torch.library.register_autograd("mamba_ops::mamba_inner_fwd", _backward, setup_context=_setup_context)
+register_autograd("mamba_inner_fwd", _setup_context, _backward)
 register_autocast("mamba_inner_fwd", positions=(0, 3, 4, 5, 6, 12, 13, 17))
 register_once_differentiable("mamba_inner_bwd")

@@ -12,6 +12,7 @@ from ._library import (
     is_silu,
     kept,
     register_autocast,
+    register_autograd,
     register_fake,
     register_once_differentiable,
     state_as,
@@ -185,8 +186,6 @@ def _backward(
     return (*kept(grads, tensors, needed), *[None] * 12)
 
 
-torch.library.register_autograd(
-    "mamba_ops::mamba_split_conv1d_scan_fwd", _backward, setup_context=_setup_context
-)
+register_autograd("mamba_split_conv1d_scan_fwd", _setup_context, _backward)
 register_autocast("mamba_split_conv1d_scan_fwd", positions=(0, 7, 8, 9))
 register_once_differentiable("mamba_split_conv1d_scan_bwd")

@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ._library import register_autocast, register_fake, register_once_differentiable
+from ._library import register_autocast, register_autograd, register_fake, register_once_differentiable
 
 _fwd = torch.ops.mamba_ops.rms_norm_gated_fwd.default
 _bwd = torch.ops.mamba_ops.rms_norm_gated_bwd.default
@@ -71,6 +71,6 @@ def _backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
     return dx, dweight, None if z is None else dz, None, None, None
 
 
-torch.library.register_autograd("mamba_ops::rms_norm_gated_fwd", _backward, setup_context=_setup_context)
+register_autograd("rms_norm_gated_fwd", _setup_context, _backward)
 register_autocast("rms_norm_gated_fwd", positions=(0, 2))
 register_once_differentiable("rms_norm_gated_bwd")

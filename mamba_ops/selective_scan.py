@@ -8,6 +8,7 @@ from torch import Tensor
 from ._library import (
     arithmetic_dtype,
     register_autocast,
+    register_autograd,
     register_fake,
     register_once_differentiable,
     state_as,
@@ -140,6 +141,6 @@ def _backward(ctx: Any, dy: Tensor | None, dfinal_state: Tensor | None, _: None)
     return (*kept, None, None, None, None, None)
 
 
-torch.library.register_autograd("mamba_ops::selective_scan_fwd", _backward, setup_context=_setup_context)
+register_autograd("selective_scan_fwd", _setup_context, _backward)
 register_autocast("selective_scan_fwd", positions=(0, 1, 3, 4, 6))
 register_once_differentiable("selective_scan_bwd")

@@ -4,6 +4,7 @@ In float64 they follow the reference, in every dtype the same composition of our
 rounded steps only the same steps have an error to compare with.
 """
 
+from functools import partial
 from typing import Any
 from unittest import mock
 
@@ -11,6 +12,8 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 import mamba_ops
 from mamba_ops import reference
@@ -232,6 +235,22 @@ def test_no_double_backward(name: str) -> None:
     (grad,) = torch.autograd.grad(out.square().sum(), data, create_graph=True)
     with pytest.raises(RuntimeError, match="once differentiable|derivative .* not implemented"):
         grad.sum().backward()
+
+
+@pytest.mark.parametrize("name", LAYER_OPERATORS)
+def test_activation_checkpointing(name: str) -> None:
+    """Reading a saved tensor may run the forward again, which then has to save its own."""
+    plain, again = (differentiable(full(name)) for _ in range(2))
+
+    def call(data: Tensor, inputs: Inputs) -> tuple[Tensor, ...]:
+        key = "xz" if name == "mamba_inner" else "zxbcdt"
+        return tuple(getattr(mamba_ops, name)(**inputs | {key: data * 2}))
+
+    for inputs, run in ((plain, call), (again, partial(checkpoint, call, use_reentrant=False))):
+        data = inputs["xz" if name == "mamba_inner" else "zxbcdt"]
+        torch.autograd.backward([t.sum() for t in run(data, inputs)])
+    for key in [key for key, value in plain.items() if is_float(value)]:
+        assert torch.equal(plain[key].grad, again[key].grad), key
 
 
 @pytest.mark.parametrize("frozen", ["weights", "data"])
