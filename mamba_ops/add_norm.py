@@ -5,10 +5,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ._library import register_autograd, register_fake
+from ._library import register_autograd, register_fake, register_once_differentiable
 
 _add_norm = torch.ops.mamba_ops.add_rms_norm.default
-_norm_bwd = torch.ops.mamba_ops.rms_norm_gated_bwd.default
+_bwd = torch.ops.mamba_ops.add_rms_norm_bwd.default
 
 
 def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, *, eps: float = 1e-5) -> tuple[Tensor, Tensor]:
@@ -43,6 +43,14 @@ def _(x: Tensor, residual: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
     return x.new_empty(x.shape), residual.new_empty(x.shape)
 
 
+@register_fake("add_rms_norm_bwd")
+def _(
+    dy: Tensor, dsum: Tensor | None, total: Tensor, weight: Tensor, eps: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    dx = dy.new_empty(0 if dy.dtype == total.dtype else dy.shape)
+    return total.new_empty(total.shape), dx, torch.empty_like(weight)
+
+
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
     x, _, weight, ctx.eps = inputs
     ctx.dtype = x.dtype
@@ -52,13 +60,11 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
 
 def _backward(ctx: Any, dy: Tensor | None, dsum: Tensor | None) -> tuple[Tensor | None, ...]:
     total, weight = ctx.saved_tensors
-    dweight = None
-    if dy is not None:
-        scale = weight if weight.dtype in (total.dtype, torch.float32) else weight.float()
-        dnorm, dweight, _ = _norm_bwd(dy.to(total.dtype), total, scale, None, ctx.eps, weight.numel(), False)
-        dweight = dweight.to(weight.dtype)
-        dsum = dnorm if dsum is None else dsum + dnorm
-    return None if dsum is None else dsum.to(ctx.dtype), dsum, dweight, None
+    if dy is None:
+        return None if dsum is None else dsum.to(ctx.dtype), dsum, None, None
+    dresidual, dx, dweight = _bwd(dy, dsum, total, weight, ctx.eps)
+    return dresidual if dy.dtype == total.dtype else dx, dresidual, dweight, None
 
 
 register_autograd("add_rms_norm", _setup_context, _backward)
+register_once_differentiable("add_rms_norm_bwd")

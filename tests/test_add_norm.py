@@ -87,8 +87,8 @@ def test_nan_stays_in_its_row(device: str) -> None:
 
 
 @pytest.mark.parametrize("kept", [0, 1])
-def test_one_output_alone(kept: int) -> None:
-    inputs = cases.add_rms_norm(3, 8, dtype=torch.float64)
+def test_one_output_alone(device: str, kept: int) -> None:
+    inputs = cases.add_rms_norm(3, 8, dtype=torch.float64, device=device)
     leaves = [t.requires_grad_() for t in inputs.values()]
     grads = [
         torch.autograd.grad(f(*leaves[:2], weight=leaves[2])[kept].sin().sum(), leaves, allow_unused=True)
@@ -116,6 +116,13 @@ def test_opcheck(dtype: torch.dtype, residual: torch.dtype) -> None:
     inputs = cases.add_rms_norm(3, 8, dtype=dtype, residual=residual)
     tensors = [t.requires_grad_() for t in inputs.values()]
     torch.library.opcheck(torch.ops.mamba_ops.add_rms_norm.default, (*tensors, 1e-5))
+
+
+def test_a_second_backward_is_refused() -> None:
+    leaves = [t.requires_grad_() for t in cases.add_rms_norm(3, 8).values()]
+    grads = torch.autograd.grad(mamba_ops.add_rms_norm(*leaves)[0].sin().sum(), leaves, create_graph=True)
+    with pytest.raises(RuntimeError, match="once differentiable"):
+        grads[0].sum().backward()
 
 
 def test_gradcheck() -> None:

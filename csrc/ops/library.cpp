@@ -55,6 +55,10 @@ STABLE_TORCH_LIBRARY(mamba_ops, m) {
 
   // x, residual, y, sum (..., d); weight (d)
   m.def("add_rms_norm(Tensor x, Tensor residual, Tensor weight, float eps) -> (Tensor y, Tensor sum)");
+  // dx: 0 elements where it is dresidual
+  m.def(
+      "add_rms_norm_bwd(Tensor dy, Tensor? dsum, Tensor sum, Tensor weight, float eps) -> (Tensor dresidual, "
+      "Tensor dx, Tensor dweight)");
 
   // xz (b,2d,l); weights (d,w), (r+2n,d), (d,r), (m,d); A, B, C, D, delta_bias and states as for
   // selective_scan
@@ -143,6 +147,7 @@ void no_cuda_kernel(const char* op) {
   MAMBA_IMPL(rms_norm_gated_fwd);          \
   MAMBA_IMPL(rms_norm_gated_bwd);          \
   MAMBA_IMPL(add_rms_norm);                \
+  MAMBA_IMPL(add_rms_norm_bwd);            \
   MAMBA_IMPL(mamba_inner_fwd);             \
   MAMBA_IMPL(mamba_inner_bwd);             \
   MAMBA_IMPL(mamba_split_conv1d_scan_fwd); \

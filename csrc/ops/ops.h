@@ -31,6 +31,8 @@ std::tuple<Tensor, Tensor, Tensor> rms_norm_gated_bwd(Tensor dy, Tensor x, Tenso
                                                       double eps, int64_t group_size, bool norm_before_gate);
 
 std::tuple<Tensor, Tensor> add_rms_norm(Tensor x, Tensor residual, Tensor weight, double eps);
+std::tuple<Tensor, Tensor, Tensor> add_rms_norm_bwd(Tensor dy, OptTensor dsum, Tensor sum, Tensor weight,
+                                                    double eps);
 
 Tensor causal_conv1d_update(Tensor x, Tensor state, Tensor weight, OptTensor bias, OptTensor state_indices,
                             bool silu);

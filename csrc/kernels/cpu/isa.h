@@ -47,8 +47,10 @@ struct Kernels {
   void (*rms_norm_gated_bwd)(const NormBwd&, int64_t begin, int64_t end, void* scratch);
   void (*rms_norm_gated_reduce)(const NormBwd&);
 
-  int64_t (*add_rms_norm_scratch)(const AddNorm&);
+  int64_t (*add_rms_norm_scratch)(int64_t d);
   void (*add_rms_norm)(const AddNorm&, int64_t begin, int64_t end, void* scratch);
+  void (*add_rms_norm_bwd)(const AddNormBwd&, int64_t begin, int64_t end, void* scratch);
+  void (*add_rms_norm_reduce)(const AddNormBwd&);
 
   void (*causal_conv1d_update)(const ConvUpdate&, int64_t begin, int64_t end, void* scratch);
   int64_t (*selective_state_update_scratch)(const ScanUpdate&);

@@ -45,6 +45,8 @@ constexpr Kernels<R> kernels() {
       .rms_norm_gated_reduce = rms_norm_gated_reduce<R>,
       .add_rms_norm_scratch = add_norm_scratch_bytes<R>,
       .add_rms_norm = add_rms_norm<R>,
+      .add_rms_norm_bwd = add_rms_norm_bwd<R>,
+      .add_rms_norm_reduce = add_rms_norm_reduce<R>,
       .causal_conv1d_update = causal_conv1d_update<R>,
       .selective_state_update_scratch = scan_update_scratch_bytes<R>,
       .selective_state_update = selective_state_update<R>,

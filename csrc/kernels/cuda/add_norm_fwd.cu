@@ -1,12 +1,13 @@
 // Residual addition and RMS norm:  s = residual + x, rounded as it is stored;  y = s (mean s^2 + eps)^-1/2 w.
 //
 // A block owns a row, a thread every so many packs of 16 bytes of x: it adds and stores s, meets the others
-// for the sum of squares (shuffles, then the sums of the warps through 64 or 128 bytes of shared memory, in a
+// for the sum of squares (shuffles, then the sums of the warps through shared memory, in a
 // fixed order: bitwise repeatable), and reads its own part of s again, out of the caches. Bound by memory;
 // few rows by the two latencies.
 #include <climits>
 
 #include "kernels/add_norm.h"
+#include "kernels/cuda/block_sums.cuh"
 #include "kernels/cuda/load_store.cuh"
 
 namespace mamba_ops {
@@ -16,18 +17,6 @@ namespace gpu {
 namespace {
 
 constexpr int kMaxThreads = 512;
-
-// The sum over a block, which every thread gets.
-template <class R>
-__device__ R block_sum(R v) {
-  __shared__ R s_warps[kMaxThreads / 32];
-  for (int k = 16; k > 0; k /= 2) v += __shfl_xor_sync(0xffffffffu, v, k);
-  if (threadIdx.x % 32 == 0) s_warps[threadIdx.x / 32] = v;
-  __syncthreads();
-  R sum = 0;
-  for (int i = 0; i < int(blockDim.x) / 32; ++i) sum += s_warps[i];
-  return sum;
-}
 
 // T: of x and y. S: of residual and s. vector: packs align.
 template <class T, class S>
@@ -39,7 +28,7 @@ __global__ void __launch_bounds__(kMaxThreads) add_rms_norm(const AddNorm p, con
   const S* residual = static_cast<const S*>(p.residual.data) + begin;
   S* s = static_cast<S*>(p.sum.data) + begin;
   T* y = static_cast<T*>(p.y.data) + begin;
-  R v[kPack], squares = 0;
+  R v[kPack], squares[1] = {};
   for (int64_t i = threadIdx.x * kPack; i < d; i += step) {
     const auto added = load_pack<kPack>(x + i, 1, d - i, vector);
     const auto before = load_pack<kPack>(residual + i, 1, d - i, vector);
@@ -48,9 +37,10 @@ __global__ void __launch_bounds__(kMaxThreads) add_rms_norm(const AddNorm p, con
     const Pack<S, kPack> stored = to_pack<S>(v);
     store_pack(s + i, 1, d - i, vector, stored);
 #pragma unroll
-    for (int k = 0; k < kPack; ++k) squares += stored.at(k) * stored.at(k);
+    for (int k = 0; k < kPack; ++k) squares[0] += stored.at(k) * stored.at(k);
   }
-  const R scale = R(1) / sqrt(block_sum(squares) / R(d) + R(p.eps));
+  block_sums(squares, 0);
+  const R scale = R(1) / sqrt(squares[0] / R(d) + R(p.eps));
   for (int64_t i = threadIdx.x * kPack; i < d; i += step) {
     const auto stored = load_pack<kPack>(s + i, 1, d - i, vector);
 #pragma unroll
