@@ -138,6 +138,10 @@ Plan plan(const std::string& op, const std::string& device, const std::string& d
   };
   Plan plan = {{"arithmetic", dtype == "float64" || dtype == "complex128" ? "float64" : "float32"}};
   const int64_t b = size("b", 1), l = size("l", 1), g = size("g", 1);
+  for (const auto& [name, letter] : {std::pair("selective_scan", "d"), std::pair("ssd", "h")})
+    if (op == name && (g < 1 || size(letter, 1) % g != 0))
+      throw std::invalid_argument(std::string("plan: g must divide ") + letter + " = " +
+                                  std::to_string(size(letter, 1)) + ", got " + std::to_string(g));
   ScanDims scan{.b = b,
                 .d = size("d", 1),
                 .l = l,

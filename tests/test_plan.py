@@ -23,6 +23,13 @@ def test_an_unknown_operator_is_named() -> None:
         mamba_ops.plan("scan")
 
 
+@pytest.mark.parametrize(("name", "letter"), [("selective_scan", "d"), ("ssd", "h")])
+@pytest.mark.parametrize("g", [0, 3])
+def test_groups_that_do_not_divide_are_named(name: str, letter: str, g: int) -> None:
+    with pytest.raises(ValueError, match=rf"g must divide {letter} = 64, got {g}"):
+        mamba_ops.plan(name, **{letter: 64, "g": g})
+
+
 @built_with_cuda
 @pytest.mark.parametrize(
     ("dtype", "sizes", "kernel"),
