@@ -119,11 +119,12 @@ def test_sixteen_states_in_groups(
     check(OPERATOR, cases.selective_scan(1, 64, l, 16, options=("z", "initial_state"), **options))
 
 
+@pytest.mark.parametrize("decay", ["weak", "strong"])
 @pytest.mark.parametrize("layout", ["contiguous", "transposed"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_sixteen_states_long(device: str, dtype: torch.dtype, layout: str) -> None:
-    """Long enough for segments."""
-    sizes = {"layout": layout, "dtype": dtype, "device": device}
+def test_sixteen_states_long(device: str, dtype: torch.dtype, layout: str, decay: str) -> None:
+    """Long enough for segments, of which strong decay closes the far side."""
+    sizes = {"decay": decay, "layout": layout, "dtype": dtype, "device": device}
     check(OPERATOR, cases.selective_scan(1, 16, 4100, 16, options=SCAN_OPTIONS, **sizes))
 
 

@@ -35,7 +35,7 @@ int64_t selective_scan_fwd_tuned_workspace(const ScanFwd& p);  // none
 const char* selective_scan_fwd_tuned(const ScanFwd& p, const Sequences& seqs, int64_t states, void* workspace,
                                      void* stream);
 
-// A partial sum of dB and dC for every 32 channels and token, bounded likewise; of dA, dD and ddelta_bias for
+// A partial sum of dB and dC for every 48 channels and token, bounded likewise; of dA, dD and ddelta_bias for
 // every row and 512 tokens, or longer pieces of a long row.
 bool selective_scan_bwd_tuned_takes(const ScanBwd& p, const Sequences& seqs);
 int64_t selective_scan_bwd_tuned_workspace(const ScanBwd& p);

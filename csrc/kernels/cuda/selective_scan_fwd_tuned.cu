@@ -6,14 +6,15 @@
 // A warp takes 8 channels of a row through all tokens, in groups of 8; no barrier, and in 16 bits no shared
 // memory. While it computes a group the next one is on its way to registers, and a later one to L2. Few
 // channels leave most of the machine idle: there `kTurns` warps share the 8 channels and take the groups in
-// turn. Each makes decays and inputs of its group, waits for the state, passes it on after 8 multiply-adds,
-// and then makes the outputs. The arithmetic is the same for any number of turns; no value is summed by two
-// threads: bitwise repeatable. Tail tokens are a group with steps of zero.
+// turn. Each makes decays and inputs of its group and what they make of the state; it waits for the state,
+// passes it on after one multiply-add, and then makes the outputs. No value is summed by two threads: bitwise
+// repeatable. Tail tokens are a group with steps of zero.
 //
 // Special-function units and issue slots bound it: 39 of some 260 instructions of a warp and group are
-// special functions, at 8 cycles each. On an H100 with b4 d5120 l4096 and all options, 0.63 ms in bfloat16
-// (317 instructions took 0.67, special-function units 65 % busy, issue slots 66 %, device memory 32 %), 0.72
-// ms in float32.
+// special functions, at 8 cycles each. On an H100 with b4 d5120 l4096 and all options, 0.62 ms in bfloat16
+// (ncu, of 317 instructions in 0.67 ms: special-function units 65 % busy, issue slots 66 %, device memory
+// 32 %), 0.82 ms in float32, where decays near 1 are taken from a parabola. Turns: latency bounds them, b1
+// d2048 l65536 takes 1.4 ms.
 #include <algorithm>
 #include <climits>
 
@@ -32,9 +33,16 @@ constexpr int kCheckpointGroups = kScanCheckpointCuda / kGroup;
 template <int kTurns>
 constexpr int kFwdWarps = kTurns < 4 ? 4 : kTurns;
 
-// Barrier of 64 threads between a warp and the one whose turn is next.
-__device__ void pass_turn(int id) { asm volatile("bar.arrive %0, 64;" ::"r"(id) : "memory"); }
-__device__ void await_turn(int id) { asm volatile("bar.sync %0, 64;" ::"r"(id) : "memory"); }
+// Barriers of 64 threads between a warp and the one whose turn is next: the state of warp w is there, and has
+// been taken. Between them they order every write and read of a state; compute-sanitizer's racecheck reports
+// these as races nevertheless.
+__device__ int passed(int warp) { return warp; }
+template <int kTurns>
+__device__ int taken(int warp) {
+  return kFwdWarps<kTurns> + warp;
+}
+__device__ void arrive(int id) { asm volatile("bar.arrive %0, 64;" ::"r"(id) : "memory"); }
+__device__ void await(int id) { asm volatile("bar.sync %0, 64;" ::"r"(id) : "memory"); }
 
 // Bytes by which a warp moves on after a group.
 struct Strides {
@@ -160,7 +168,7 @@ __global__ void __launch_bounds__(kFwdWarps<kTurns>* kWarp, kTurns == 1 ? 5 : 16
 #pragma unroll
       for (int p = 0; p < 4; ++p) {
         if (p % 2 == 0) input.inputs(h, p / 2);
-        decays(a, steps, A, p);
+        decays<sizeof(T) == 4>(a, steps, A, p);
         advance(h, a, state, p);
         output.outputs(h, p);
       }
@@ -168,20 +176,35 @@ __global__ void __launch_bounds__(kFwdWarps<kTurns>* kWarp, kTurns == 1 ? 5 : 16
 #pragma unroll
       for (int p = 0; p < 4; ++p) {
         if (p % 2 == 0) input.inputs(h, p / 2);
-        decays(a, steps, A, p);
+        decays<sizeof(T) == 4>(a, steps, A, p);
       }
+      float alone[kLaneStates] = {}, through = steps[0] + steps[1];  // the group's inputs, and all its steps
+      through += __shfl_xor_sync(kAllLanes, through, 1);
+      through += __shfl_xor_sync(kAllLanes, through, 2);
+      float decay[kLaneStates];
+#pragma unroll
+      for (int i = 0; i < kLaneStates; ++i) {
+        decay[i] = exp2_of(through * A[i]);
+#pragma unroll
+        for (int t = 0; t < kGroup; ++t) alone[i] = fmaf(a[t][i], alone[i], h[t][i]);
+      }
+      if (group >= kTurns && group + 1 < groups) await(taken<kTurns>(warp));
       if (group > 0) {
-        await_turn(1 + before);
+        await(passed(before));
         take(s_state[before][lane]);
+        if (group + kTurns < groups) arrive(taken<kTurns>(before));
       }
-#pragma unroll
-      for (int p = 0; p < 4; ++p) advance(h, a, state, p);
       if (group + 1 < groups) {
-        s_state[warp][lane] = make_float4(state[0], state[1], state[2], state[3]);
-        pass_turn(1 + warp);
+#pragma unroll
+        for (int i = 0; i < kLaneStates; ++i) alone[i] = fmaf(decay[i], state[i], alone[i]);
+        s_state[warp][lane] = make_float4(alone[0], alone[1], alone[2], alone[3]);
+        arrive(passed(warp));
       }
 #pragma unroll
-      for (int p = 0; p < 4; ++p) output.outputs(h, p);
+      for (int p = 0; p < 4; ++p) {
+        advance(h, a, state, p);
+        output.outputs(h, p);
+      }
     }
 
     const float2 sums = output.result();

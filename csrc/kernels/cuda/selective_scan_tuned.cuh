@@ -105,11 +105,18 @@ struct LaneTokens {
   static constexpr bool kTransposed = kPair != kOwns, kVector = kPair == kAlong;
   T* p;
 
-  // Lanes beyond the last channel stand at the warp's first one.
+  // start: the warp's first channel, of which it has `channels`, and the group's first token. Lanes beyond
+  // the last channel stand at the first one.
+  __device__ LaneTokens(const View& v, void* start, int channels) : p(static_cast<T*>(start)) {
+    __builtin_assume(__isGlobal(start));
+    const int channel = live(channels) ? first_channel() : 0;
+    p += kAlong == Along::channels ? channel + first_token() * int64_t(int(v.stride[2]))
+                                   : channel * v.stride[1] + first_token();
+  }
   __device__ LaneTokens(const View& v, int64_t row, int64_t channel, int channels, int64_t token)
-      : p(static_cast<T*>(v.data) + row * v.stride[0] +
-          (channel + (live(channels) ? first_channel() : 0)) * v.stride[1] +
-          (token + first_token()) * v.stride[2]) {}
+      : LaneTokens(v,
+                   static_cast<T*>(v.data) + row * v.stride[0] + channel * v.stride[1] + token * v.stride[2],
+                   channels) {}
   // Whether what the lane moves exists, if `channels` of the warp do.
   __device__ static bool live(int channels) { return first_channel() < channels; }
 
@@ -162,20 +169,32 @@ struct LaneTokens {
   }
 };
 
+// log2(1 + e): softplus(x) log2(e), for e = exp(x).
+template <class T>
+__device__ inline float softplus_log2(float e) {
+  if constexpr (sizeof(T) == 4) {
+    return kToLog2 * log1pf(e);
+  } else {  // the logarithm is exact to 2^-22 of 1, not of itself
+    const float y = log2_fast(1 + e);
+    return e < 0x1p-8f ? e * fmaf(-0.5f * kToLog2, e, kToLog2) : y;
+  }
+}
+
 // softplus(x) log2(e), or x log2(e).
 template <class T>
 __device__ inline float step_log2(float x, bool softplus) {
   const float scaled = x * kToLog2;
   if (!softplus) return scaled;
-  const float e = exp2_of(scaled);
-  float y;
-  if constexpr (sizeof(T) == 4) {
-    y = kToLog2 * log1pf(e);
-  } else {  // the logarithm is exact to 2^-22 of 1, not of itself
-    y = log2_fast(1 + e);
-    y = e < 0x1p-8f ? e * fmaf(-0.5f * kToLog2, e, kToLog2) : y;
-  }
+  const float y = softplus_log2<T>(exp2_of(scaled));
   return x > 20 ? scaled : y;
+}
+// The same without a branch; slope: of softplus(x) in x, or 1.
+template <class T>
+__device__ inline float step_log2(float x, bool softplus, float& slope) {
+  const float scaled = x * kToLog2, e = exp2_of(scaled), y = softplus_log2<T>(e);
+  const bool straight = !softplus || x > 20;
+  slope = straight ? 1.f : e * reciprocal_fast(1 + e);
+  return straight ? scaled : y;
 }
 
 // The logistic function of two values, with one reciprocal.

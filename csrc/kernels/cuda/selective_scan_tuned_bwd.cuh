@@ -5,7 +5,7 @@
 
 namespace mamba_ops::gpu {
 
-inline constexpr int kBwdWarps = 4;
+inline constexpr int kBwdWarps = 6, kBwdBlocks = 2;             // of a block; blocks of a multiprocessor
 inline constexpr int kBwdChannels = kBwdWarps * kWarpChannels;  // of a block
 inline constexpr int kGroupSums = 2 * kGroup * kTunedState;     // dB and dC of a group
 
@@ -41,33 +41,55 @@ struct BwdWork {
 };
 
 inline constexpr int kWindowGroups = kScanCheckpointCuda / kGroup;
-inline constexpr int kRun = 4;  // tokens that are run again with decays and states in registers
 inline constexpr int kFactorRow = kTunedState + 4;  // floats of a token of B or C, against bank conflicts
+inline constexpr int kHalf = kGroup / 2;            // tokens of which sums over states are taken at once
 
-inline constexpr int kBwdBlocks = 3;  // of a multiprocessor at once
+// A value for each token and channel of a group. Tokens 4 and up lie in swapped pairs, against bank
+// conflicts.
+struct TokenValues {
+  float value[kGroup][kWarpChannels];
+
+  __device__ float& at(int token, int channel) { return value[token ^ token / 4][channel]; }
+  // Of the lane's channels 2 q and 2 q + 1.
+  __device__ float2& pair(int token) { return *reinterpret_cast<float2*>(&at(token, threadIdx.x % 4 * 2)); }
+};
+
+// What the first way through a window leaves for the second one; there it makes room for the group's sums.
+union BwdGroup {
+  struct {
+    float4 states[kWarp];  // that enter the group
+    // input: delta u; go and input: times kOperandScale; slope: of the softplus.
+    TokenValues delta, slope, input, go;
+  };
+  float4 sums[2 * kWarp];  // dB, then dC: value 2 k + s of a lane is of token 2 q + k and state 2 g + s
+};
+
+// Products with B and C, and sums over channels, run on the tensor cores. Not so in float16: they would cut
+// the operands to as many bits as the results have.
+template <class T>
+inline constexpr bool kTensorSums = std::is_same_v<T, bf16>;
+
+enum BwdTensor { kU, kDelta, kZ, kDy, kDu, kDdelta, kDz, kB, kC, kCheckpoints, kTensors };
 
 // Shared memory of a warp.
 struct BwdShared {
+  BwdGroup group[kWindowGroups];
   float4 rates[kWarp];  // A of the states 4 q and up of channel g
   float bias[kWarpChannels], D[kWarpChannels];
-  float4 states[kWindowGroups][kGroup / kRun][kWarp];  // that enter each run
-  float go[kWindowGroups][kGroup][kWarpChannels];      // times kOperandScale
-  union {
-    float4 over_states[kRun][kWarp + 4];  // a lane's part of s and sum_i A w, for its two channels
-    float4 sums[2][kWarp];                // dB and dC of a group
-  };
-  float delta[kGroup][kWarpChannels], input[kGroup][kWarpChannels];  // input: delta u kOperandScale
+  float4 over_states[kHalf][kWarp + 4];  // a lane's part of s and sum_i A w, for its two channels
+  char* start[kTensors];                 // of the window, at the warp's first channel
+};
+template <class T, bool = kTensorSums<T>>
+struct BwdWarp : BwdShared {
   float B[kGroup][kFactorRow];
 };
 template <class T>
-struct BwdWarp : BwdShared {};
-template <>
-struct BwdWarp<float> : BwdShared {
-  float C[kGroup][kFactorRow];
+struct BwdWarp<T, false> : BwdShared {
   union {
-    float factors[2 * kGroup * kTunedState];  // of the first run
+    float factors[2 * kGroup * kTunedState];  // of the first way
     struct {
-      float2 dB[kGroup][kWarp], dC[kGroup][kWarp];  // a lane's part for its two states
+      float B[kGroup][kFactorRow], C[kGroup][kFactorRow];
+      float4 over_channels[kHalf][kWarp];  // a lane's part of dB and dC for its two states
     };
   };
 };
@@ -76,10 +98,6 @@ struct BwdBlock {
   BwdWarp<T> warp[kBwdWarps];
   int taken;
 };
-
-__device__ inline float2& pair_at(float (&values)[kGroup][kWarpChannels], int t) {
-  return *reinterpret_cast<float2*>(&values[t][threadIdx.x % 4 * 2]);
-}
 
 template <class T>
 __device__ inline float* shared_factors(BwdWarp<T>& shared, int which) {
@@ -91,7 +109,7 @@ __device__ inline float* shared_factors(BwdWarp<T>& shared, int which) {
 
 // Bytes from group to group.
 struct BwdStrides {
-  uint32_t u, delta, z, dy, du, ddelta, dz, B, C;
+  uint32_t bytes[kTensors];  // none of the checkpoints
 };
 
 // Which channels a block and its warps have, and which tokens.
@@ -124,13 +142,16 @@ struct BwdPlace {
 
 // Up to 64 tokens of a piece, in groups of which the last has `tail` tokens.
 struct BwdWindow {
-  int64_t begin;
+  bool first;  // of the row
   int groups, tail;
+
+  __device__ bool cut_short(int group) const { return tail < kGroup && group + 1 == groups; }
 };
 
-// What the first way needs of the warp's channels.
+// What the first way needs of the warp's channels, and where its last window begins.
 template <class T>
-__device__ void put_channels(const ScanFwd& p, const BwdPlace& at, BwdWarp<T>& shared) {
+__device__ void put_channels(const ScanBwd& params, const BwdPlace& at, BwdWarp<T>& shared, int64_t token) {
+  const ScanFwd& p = params.fwd;
   const int lane = threadIdx.x % kWarp, g = lane / 4, q = lane % 4;
   const int64_t channel = at.first + (g < at.channels ? g : 0);
   float A[kLaneStates];
@@ -142,58 +163,101 @@ __device__ void put_channels(const ScanFwd& p, const BwdPlace& at, BwdWarp<T>& s
     shared.bias[g] =
         p.delta_bias.data ? load_one<float>(p.delta_bias, channel * p.delta_bias.stride[0]) : 0.f;
   if (q == 0) shared.D[g] = p.D.data ? load_one<float>(p.D, channel * p.D.stride[0]) : 0.f;
+  if (lane == 0) {
+    const auto put = [&](BwdTensor i, const View& v, int64_t group, int64_t along) {
+      shared.start[i] = static_cast<char*>(v.data) +
+                        (at.row * v.stride[0] + group * v.stride[1] + token * along) * int64_t(sizeof(T));
+    };
+    put(kU, p.u, at.first, p.u.stride[2]);
+    put(kDelta, p.delta, at.first, p.delta.stride[2]);
+    put(kZ, p.z, at.first, p.z.stride[2]);
+    put(kDy, params.dy, at.first, params.dy.stride[2]);
+    put(kDu, params.du, at.first, params.du.stride[2]);
+    put(kDdelta, params.ddelta, at.first, params.ddelta.stride[2]);
+    put(kDz, params.dz, at.first, params.dz.stride[2]);
+    put(kB, p.B, at.first / (p.dims.d / p.dims.groups_B), p.B.stride[3]);
+    put(kC, p.C, at.first / (p.dims.d / p.dims.groups_C), p.C.stride[3]);
+    const int64_t checkpoint =
+        at.row * (p.dims.l / kScanCheckpointCuda) + token / kScanCheckpointCuda - 1;  // before the window
+    shared.start[kCheckpoints] = static_cast<char*>(const_cast<void*>(p.checkpoints)) +
+                                 (checkpoint * kTunedState * p.dims.d + at.first) * int64_t(sizeof(float));
+  }
   __syncwarp();
 }
 
-// The recurrence through a window once more: fills states and go, stores dz. B, C: of the row and channels,
-// from token 0.
+// Moves on to the window on the left.
+template <class T>
+__device__ void move_left(const BwdStrides& strides, int64_t d, BwdWarp<T>& shared) {
+  const int i = threadIdx.x % kWarp;
+  if (i < kTensors)
+    shared.start[i] -= i == kCheckpoints ? kTunedState * d * int64_t(sizeof(float))
+                                         : int64_t(strides.bytes[i]) * kWindowGroups;
+}
+
+// Asks for what the first way through the window on the left reads first.
+template <class T, bool kGate>
+__device__ void prefetch_left(const BwdStrides& strides, int64_t d, BwdWarp<T>& shared) {
+  const int lane = threadIdx.x % kWarp;
+  const auto ask = [](const char* p) { asm volatile("prefetch.global.L2 [%0];" ::"l"(p)); };
+#pragma unroll
+  for (const BwdTensor i : {kU, kDelta, kDy, kZ}) {
+    if (i == kZ && !kGate) continue;
+    const char* p = shared.start[i] - (lane + 1) * int64_t(strides.bytes[i] / kGroup);
+    ask(p);
+    ask(p - kWarp * int64_t(strides.bytes[i] / kGroup));
+  }
+  if (lane < kTunedState) ask(shared.start[kCheckpoints] - (kTunedState - lane) * d * int64_t(sizeof(float)));
+}
+
+// The recurrence through a window once more: fills shared.group, stores dz.
 template <class T, Along kAlong, bool kGate>
 __device__ void run_again(const ScanBwd& params, const BwdStrides& strides, const BwdPlace& at,
-                          BwdWarp<T>& shared, const T* B, const T* C, const BwdWindow& window) {
+                          BwdWarp<T>& shared, const BwdWindow& window) {
   const ScanDims& dims = params.fwd.dims;
   const View &u_view = params.fwd.u, &delta_view = params.fwd.delta, &B_view = params.fwd.B,
              &C_view = params.fwd.C;
   const View &z_view = kGate ? params.fwd.z : u_view, &dz_view = kGate ? params.dz : params.du;
   const int lane = threadIdx.x % kWarp, g = lane / 4, q = lane % 4;
-  const int64_t row = at.row;
   using Lane = LaneTokens<T, kAlong>;
   using Input = InputFactor<T, kAlong>;
   using Output = OutputFactor<T, kAlong>;
   const bool live = g < at.channels, moves = Lane::live(at.channels);
-  const int64_t channel = at.first + (live ? g : 0);
   const float4 rates = shared.rates[lane];
   const float A[kLaneStates] = {rates.x, rates.y, rates.z, rates.w}, bias = shared.bias[g], D = shared.D[g];
+  const float go_scale = live ? kOperandScale<T> : 0.f, input_scale = kFromLog2 * go_scale;
   float state[kLaneStates] = {};
-  const int64_t checkpoint = row * (dims.l / kScanCheckpointCuda) + window.begin / kScanCheckpointCuda - 1;
-  const float* from =
-      static_cast<const float*>(window.begin == 0 ? params.fwd.states_in : params.fwd.checkpoints);
+  if (!window.first) {
+    const float* from = reinterpret_cast<const float*>(shared.start[kCheckpoints]) + (live ? g : 0);
 #pragma unroll
-  for (int i = 0; i < kLaneStates; ++i)
-    if (from)
-      state[i] = window.begin == 0 ? from[(row * dims.d + channel) * kTunedState + 4 * q + i]
-                                   : from[(checkpoint * kTunedState + 4 * q + i) * dims.d + channel];
+    for (int i = 0; i < kLaneStates; ++i) state[i] = from[(4 * q + i) * dims.d];
+  } else if (params.fwd.states_in) {
+    const float* from = static_cast<const float*>(params.fwd.states_in) +
+                        (at.row * dims.d + at.first + (live ? g : 0)) * kTunedState;
+#pragma unroll
+    for (int i = 0; i < kLaneStates; ++i) state[i] = from[4 * q + i];
+  }
 
-  const auto lane_of = [&](const View& v) { return Lane(v, row, at.first, at.channels, window.begin); };
-  Lane u = lane_of(u_view), delta = lane_of(delta_view), z = lane_of(z_view), dy = lane_of(params.dy),
-       dz = lane_of(dz_view);
-  Input input(B_view, B + window.begin * B_view.stride[3], shared_factors(shared, 0));
-  Output output(C_view, C + window.begin * C_view.stride[3], shared_factors(shared, 1));
+  const auto lane_of = [&](const View& v, BwdTensor i) { return Lane(v, shared.start[i], at.channels); };
+  const auto factor_of = [&](BwdTensor i) {
+    __builtin_assume(__isGlobal(shared.start[i]));
+    return reinterpret_cast<const T*>(shared.start[i]);
+  };
+  Lane u = lane_of(u_view, kU), delta = lane_of(delta_view, kDelta), z = lane_of(z_view, kGate ? kZ : kU),
+       dy = lane_of(params.dy, kDy), dz = lane_of(dz_view, kGate ? kDz : kDu);
+  Input input(B_view, factor_of(kB), shared_factors(shared, 0));
+  Output output(C_view, factor_of(kC), shared_factors(shared, 1));
   Pack<T, 2> next_u, next_delta, next_z, next_dy;
   typename Input::Raw next_B;
   typename Output::Raw next_C;
   const auto load = [&](int group) {
-    if (group + 1 == window.groups && window.tail < kGroup) {
-      const int64_t token = window.begin + group * kGroup;
-      const auto end_of = [&](const View& v) { return Lane(v, row, at.first, at.channels, token); };
-      next_u = end_of(u_view).load_some(u_view, window.tail);
-      next_delta = end_of(delta_view).load_some(delta_view, window.tail);
-      next_dy = end_of(params.dy).load_some(params.dy, window.tail);
-      next_B = Input(B_view, B + token * B_view.stride[3], shared_factors(shared, 0))
-                   .load_some(B_view, window.tail);
+    if (window.cut_short(group)) {
+      next_u = u.load_some(u_view, window.tail);
+      next_delta = delta.load_some(delta_view, window.tail);
+      next_dy = dy.load_some(params.dy, window.tail);
+      next_B = input.load_some(B_view, window.tail);
       if (kGate) {
-        next_z = end_of(z_view).load_some(z_view, window.tail);
-        next_C = Output(C_view, C + token * C_view.stride[3], shared_factors(shared, 1))
-                     .load_some(C_view, window.tail);
+        next_z = z.load_some(z_view, window.tail);
+        next_C = output.load_some(C_view, window.tail);
       }
       return;
     }
@@ -201,56 +265,81 @@ __device__ void run_again(const ScanBwd& params, const BwdStrides& strides, cons
     next_delta = delta.load(delta_view);
     next_dy = dy.load(params.dy);
     next_B = input.load(B_view);
-    u.advance(strides.u);
-    delta.advance(strides.delta);
-    dy.advance(strides.dy);
-    input.advance(strides.B);
+    u.advance(strides.bytes[kU]);
+    delta.advance(strides.bytes[kDelta]);
+    dy.advance(strides.bytes[kDy]);
+    input.advance(strides.bytes[kB]);
     if (kGate) {
       next_z = z.load(z_view);
       next_C = output.load(C_view);
-      z.advance(strides.z);
-      output.advance(strides.C);
+      z.advance(strides.bytes[kZ]);
+      output.advance(strides.bytes[kC]);
     }
   };
-  load(0);
-  for (int group = 0; group < window.groups; ++group) {
-    const bool last = group + 1 == window.groups;
-    const float2 us = u.values(next_u), raw = delta.values(next_delta), dys = dy.values(next_dy);
-    float2 zs{}, s{1, 1};
+  // What a group's recurrence and dz need of its tokens; made while the group before is run.
+  struct Tokens {
+    float steps[2], inputs[2];
+    float2 u, dy, z, sigmoid;
+    typename Input::Raw B;
+    typename Output::Raw C;
+  };
+  const auto prepare = [&](int group) {
+    Tokens t;
+    const bool cut_short = window.cut_short(group);
+    const float2 raw = delta.values(next_delta);
+    t.u = u.values(next_u), t.dy = dy.values(next_dy), t.z = {}, t.sigmoid = {1, 1};
+    t.B = next_B, t.C = next_C;
+    float2 go = t.dy;
     if (kGate) {
-      zs = z.values(next_z);
-      s = sigmoids(zs.x, zs.y);
+      t.z = z.values(next_z);
+      t.sigmoid = sigmoids(t.z.x, t.z.y);
+      go = {t.dy.x * t.z.x * t.sigmoid.x, t.dy.y * t.z.y * t.sigmoid.y};
     }
-    const float2 go = kGate ? float2{dys.x * zs.x * s.x, dys.y * zs.y * s.y} : dys;
-    shared.go[group][2 * q][g] = live ? go.x * kOperandScale<T> : 0.f;
-    shared.go[group][2 * q + 1][g] = live ? go.y * kOperandScale<T> : 0.f;
-    shared.states[group][0][lane] = make_float4(state[0], state[1], state[2], state[3]);
-    const float steps[2] = {step_log2<T>(raw.x + bias, dims.softplus),
-                            step_log2<T>(raw.y + bias, dims.softplus)};
-    constexpr float kScale = kFromLog2 * kOperandScale<T>;
-    input.begin(next_B, {steps[0] * kScale * us.x, steps[1] * kScale * us.y});
-    if (kGate) output.begin(next_C);
-    if (!last) load(group + 1);
+#pragma unroll
+    for (int k = 0; k < 2; ++k) {
+      const bool beyond = cut_short && 2 * q + k >= window.tail;
+      float slope;
+      const float step = step_log2<T>((k ? raw.y : raw.x) + bias, dims.softplus, slope);
+      t.steps[k] = beyond ? 0.f : step;
+      t.inputs[k] = t.steps[k] * input_scale * (k ? t.u.y : t.u.x);
+      if (group >= window.groups) continue;
+      BwdGroup& kept = shared.group[group];
+      kept.delta.at(2 * q + k, g) = t.steps[k];
+      kept.slope.at(2 * q + k, g) = beyond ? 0.f : slope;
+      kept.input.at(2 * q + k, g) = t.inputs[k];
+      kept.go.at(2 * q + k, g) = (k ? go.y : go.x) * go_scale;
+    }
+    return t;
+  };
+  load(0);
+  Tokens tokens = prepare(0);
+  if (window.groups > 1) load(1);
+  for (int group = 0; group < window.groups; ++group) {
+    const Tokens now = tokens;
+    shared.group[group].states[lane] = make_float4(state[0], state[1], state[2], state[3]);
+    input.begin(now.B, now.inputs);
+    if (kGate) output.begin(now.C);
     float a[kGroup][kLaneStates], h[kGroup][kLaneStates];
 #pragma unroll
     for (int p = 0; p < 4; ++p) {
       if (p % 2 == 0) input.inputs(h, p / 2);
-      decays(a, steps, A, p);
+      decays(a, now.steps, A, p);
       advance(h, a, state, p);
       if (kGate) output.outputs(h, p);
-      if (p == 1) shared.states[group][1][lane] = make_float4(state[0], state[1], state[2], state[3]);
+      if (p == 0) tokens = prepare(group + 1);
     }
     if (kGate) {
-      const float2 sum = output.result();
-      const float2 o = {fmaf(D, us.x, sum.x), fmaf(D, us.y, sum.y)};
-      const float2 dzs = {dys.x * o.x * s.x * fmaf(zs.x, 1 - s.x, 1.f),
-                          dys.y * o.y * s.y * fmaf(zs.y, 1 - s.y, 1.f)};
-      if (last && window.tail < kGroup)
+      const float2 sum = output.result(), s = now.sigmoid;
+      const float2 o = {fmaf(D, now.u.x, sum.x), fmaf(D, now.u.y, sum.y)};
+      const float2 dzs = {now.dy.x * o.x * s.x * fmaf(now.z.x, 1 - s.x, 1.f),
+                          now.dy.y * o.y * s.y * fmaf(now.z.y, 1 - s.y, 1.f)};
+      if (window.cut_short(group))
         dz.store_some(dz_view, moves, dzs, window.tail);
       else
         dz.store(dz_view, moves, dzs);
-      dz.advance(strides.dz);
+      dz.advance(strides.bytes[kDz]);
     }
+    if (group + 2 < window.groups) load(group + 2);
   }
   __syncwarp();
 }

@@ -4,9 +4,9 @@
 // float32: products and sums as they stand, B and C of a group in shared memory. 16-bit types: the two small
 // products run on the tensor cores (mma, tf32), the recurrence between them stays a float32 FMA.
 //   h_t C_t: the left operand is the states of an even step (rows 0..7) and of an odd step (rows 8..15), as
-//     they stand in their registers; the right one is C of the 8 tokens, zero but for these two columns. So
-//     one accumulator collects 8 tokens, each in the lane that owns it. B and C are exact in tf32; of a state
-//     the unit reads the upper 19 bits.
+//     they stand in their registers; the right one is C of the 8 tokens, of which only the columns of these
+//     two are wanted: they come to the lanes that own them. B and C are exact in tf32; of a state the unit
+//     reads the upper 19 bits.
 //   delta_t u_t B_t: the left operand is delta u of two steps and zeros, the right one B of four of the
 //   tokens.
 #pragma once
@@ -39,12 +39,17 @@ __device__ inline const T* factor(const View& v, int64_t groups, const ScanDims&
          token * v.stride[3];
 }
 
+// From the begin of a factor to a state and token; it is contiguous along states where u is along channels.
+template <Along kAlong>
+__device__ inline int64_t factor_offset(const View& v, int state, int token) {
+  return kAlong == Along::channels ? state + token * int64_t(int(v.stride[3])) : state * v.stride[2] + token;
+}
+
 __device__ inline float from_quad(const float (&mine)[2], int step) {
   return __shfl_sync(kAllLanes, mine[step % 2], step / 2, 4);
 }
 
-// Two tokens of two states: tokens 2 q and 2 q + 1, states 2 g and 2 g + 1. B and C are contiguous along
-// states where u is along channels.
+// Two tokens of two states: tokens 2 q and 2 q + 1, states 2 g and 2 g + 1.
 template <class T, Along kAlong>
 struct FactorPairs {
   static constexpr bool kStates = kAlong == Along::channels;
@@ -54,7 +59,7 @@ struct FactorPairs {
   const T* p;
 
   __device__ FactorPairs(const View& v, const T* start)
-      : p(start + 2 * g() * v.stride[2] + 2 * q() * v.stride[3]) {}
+      : p(start + factor_offset<kAlong>(v, 2 * g(), 2 * q())) {}
   __device__ Raw load(const View& v) const {
     return {{load_now<2>(p), load_now<2>(p + v.stride[kStates ? 3 : 2])}};
   }
@@ -129,7 +134,7 @@ struct OutputFactor {
   };
 
   __device__ OutputFactor(const View& v, const T* start, float*)
-      : p(start + state() * v.stride[2] + token() * v.stride[3]) {
+      : p(start + factor_offset<kAlong>(v, state(), token())) {
 #pragma unroll
     for (int i = 0; i < 4; ++i) keep(own_column[i] = threadIdx.x % kWarp / 8 == i ? ~0u : 0u);
   }
@@ -199,7 +204,7 @@ struct SharedFactor {
   using Raw = Pack<float, 4>;
 
   __device__ SharedFactor(const View& v, const float* start, float* shared)
-      : p(start + state() * v.stride[2] + token() * v.stride[3]), shared(shared) {}
+      : p(start + factor_offset<kAlong>(v, state(), token())), shared(shared) {}
   __device__ Raw load(const View&) const { return load_now<4>(p); }
   __device__ Raw load_some(const View&, int left) const {
     Raw raw{};
@@ -290,14 +295,23 @@ struct OutputFactor<float, kAlong> : SharedFactor<kAlong> {
   float sums[kGroup];
 };
 
+// 2^x. The errors of ex2 near 1 have a bias, and would add up over a long memory: with `kLong`, what lies
+// near 1 is taken from a parabola, exact to 2^-27.
+template <bool kLong>
+__device__ inline float decay(float x) {
+  const float a = exp2_of(x), near = fmaf(fmaf(x, 0.24022651f, 0.69314972f), x, 1.f);
+  return kLong && fabsf(x) < 0x1p-7f ? near : a;
+}
+
 // Of steps 2 p and 2 p + 1, from the deltas of the lane's tokens in units that make a decay a power of 2.
+template <bool kLong = false>
 __device__ inline void decays(float (&a)[kGroup][kLaneStates], const float (&deltas)[2],
                               const float (&A)[kLaneStates], int p) {
 #pragma unroll
   for (int t = 2 * p; t < 2 * p + 2; ++t) {
     const float delta = from_quad(deltas, t);
 #pragma unroll
-    for (int i = 0; i < kLaneStates; ++i) a[t][i] = exp2_of(delta * A[i]);
+    for (int i = 0; i < kLaneStates; ++i) a[t][i] = decay<kLong>(delta * A[i]);
   }
 }
 

@@ -6,11 +6,12 @@
 namespace mamba_ops::gpu {
 
 // The state gradient that leaves a segment on the left if none enters on the right, and the sum of its steps:
-//   m <- a_t (m + C_t go_t),  t descending
-// A warp takes 8 channels of a segment, as in the forward. Segment 0 is not needed.
+//   sum_t 2^(A (delta_begin + .. + delta_t)) C_t go_t
+// A warp takes 8 channels of a segment from left to right, as in the forward, and stops where nothing of
+// later tokens gets through. Segment 0 is not needed.
 template <class T, Along kAlong, bool kGate>
 __global__ void __launch_bounds__(kBwdWarps* kWarp, 4)
-    scan_gradient_ends(const ScanBwd params, const BwdCut cut, const BwdWork work) {
+    scan_gradient_ends(const ScanBwd params, const BwdCut cut, const BwdWork work, const BwdStrides strides) {
   using Lane = LaneTokens<T, kAlong>;
   using Input = InputFactor<T, kAlong>;
   __shared__ float s_C[kBwdWarps][Input::kShared];
@@ -33,25 +34,25 @@ __global__ void __launch_bounds__(kBwdWarps* kWarp, 4)
     A[i] = load_one<float>(A_view, channel * A_view.stride[0] + (4 * q + i) * A_view.stride[1]);
   const float bias = bias_view.data ? load_one<float>(bias_view, channel * bias_view.stride[0]) : 0.f;
 
-  const int64_t last = (end - 1 - begin) / kGroup, token = begin + last * kGroup;
-  Lane delta(params.fwd.delta, row, first, channels, token), z(gate, row, first, channels, token),
-      dy(params.dy, row, first, channels, token);
-  Input input(C, factor<T>(C, dims.groups_C, dims, row, first, token), s_C[warp]);
-  const int tail = int(end - token);
+  const auto lane_of = [&](const View& v, int64_t token) { return Lane(v, row, first, channels, token); };
+  const auto input_of = [&](int64_t token) {
+    return Input(C, factor<T>(C, dims.groups_C, dims, row, first, token), s_C[warp]);
+  };
+  Lane delta = lane_of(params.fwd.delta, begin), z = lane_of(gate, begin), dy = lane_of(params.dy, begin);
+  Input input = input_of(begin);
   Pack<T, 2> next_delta, next_z, next_dy;
   typename Input::Raw next_C;
-  if (tail < kGroup) {
-    next_delta = delta.load_some(params.fwd.delta, tail);
-    next_dy = dy.load_some(params.dy, tail);
-    if (kGate) next_z = z.load_some(gate, tail);
-    next_C = input.load_some(C, tail);
-  } else {
+  const auto load = [&] {
     next_delta = delta.load(params.fwd.delta);
     next_dy = dy.load(params.dy);
     if (kGate) next_z = z.load(gate);
     next_C = input.load(C);
-  }
-  for (int64_t group = last; group >= 0; --group) {
+    delta.advance(strides.bytes[kDelta]);
+    dy.advance(strides.bytes[kDy]);
+    if (kGate) z.advance(strides.bytes[kZ]);
+    input.advance(strides.bytes[kC]);
+  };
+  const auto process = [&](int tail, bool more) {
     const float2 raw = delta.values(next_delta);
     float2 go = dy.values(next_dy);
     if (kGate) {
@@ -59,36 +60,49 @@ __global__ void __launch_bounds__(kBwdWarps* kWarp, 4)
       go = {go.x * zs.x * s.x, go.y * zs.y * s.y};
     }
     float steps[2] = {step_log2<T>(raw.x + bias, dims.softplus), step_log2<T>(raw.y + bias, dims.softplus)};
-    if (group == last) {
+    if (tail < kGroup) {
 #pragma unroll
       for (int k = 0; k < 2; ++k)
         if (2 * q + k >= tail) steps[k] = 0;
     }
-    total += steps[0] + steps[1];
     input.begin(next_C, {go.x * kOperandScale<T>, go.y * kOperandScale<T>});
-    if (group > 0) {
-      delta.advance(-group_bytes(params.fwd.delta, 2));
-      dy.advance(-group_bytes(params.dy, 2));
-      if (kGate) z.advance(-group_bytes(gate, 2));
-      input.advance(-group_bytes(C, 3));
-      next_delta = delta.load(params.fwd.delta);
-      next_dy = dy.load(params.dy);
-      if (kGate) next_z = z.load(gate);
-      next_C = input.load(C);
+    if (more) load();
+    // The steps' sums up to the lane's tokens.
+    float sum = steps[0] + steps[1];
+#pragma unroll
+    for (int left = 1; left < 4; left *= 2) {
+      const float of = __shfl_up_sync(kAllLanes, sum, left, 4);
+      if (q >= left) sum += of;
     }
+    const float sums[2] = {total + sum - steps[1], total + sum};
+    total = __shfl_sync(kAllLanes, sums[1], 3, 4);
     float a[kGroup][kLaneStates], h[kGroup][kLaneStates];
 #pragma unroll
-    for (int p = 3; p >= 0; --p) {
-      if (p % 2) input.inputs(h, p / 2);
-      decays(a, steps, A, p);
+    for (int p = 0; p < 4; ++p) {
+      if (p % 2 == 0) input.inputs(h, p / 2);
+      decays(a, sums, A, p);
 #pragma unroll
-      for (int t = 2 * p + 1; t >= 2 * p; --t)
+      for (int t = 2 * p; t < 2 * p + 2; ++t)
 #pragma unroll
-        for (int i = 0; i < kLaneStates; ++i) m[i] = a[t][i] * (m[i] + h[t][i]);
+        for (int i = 0; i < kLaneStates; ++i) m[i] = fmaf(a[t][i], h[t][i], m[i]);
     }
+    return (a[kGroup - 1][0] + a[kGroup - 1][1]) + (a[kGroup - 1][2] + a[kGroup - 1][3]);
+  };
+  const int whole = int((end - begin) / kGroup), tail = int((end - begin) % kGroup);
+  bool open = true;
+  if (whole > 0) load();
+  for (int group = 0; group < whole && open; ++group) {
+    const float through = process(kGroup, group + 1 < whole);
+    open = !dims.softplus || __any_sync(kAllLanes, through != 0);  // steps of any sign may open it again
   }
-  total += __shfl_xor_sync(kAllLanes, total, 1);
-  total += __shfl_xor_sync(kAllLanes, total, 2);
+  if (tail > 0 && open) {
+    const int64_t token = begin + int64_t(whole) * kGroup;
+    next_delta = lane_of(params.fwd.delta, token).load_some(params.fwd.delta, tail);
+    next_dy = lane_of(params.dy, token).load_some(params.dy, tail);
+    if (kGate) next_z = lane_of(gate, token).load_some(gate, tail);
+    next_C = input_of(token).load_some(C, tail);
+    process(tail, false);
+  }
   if (!live) return;
   // Where the combination looks for what enters the segment on the left.
   const int64_t at = ((segment - 1) * dims.b + row) * dims.d + channel;
@@ -150,7 +164,7 @@ __global__ void __launch_bounds__(kSumThreads)
     const float of_lane[4] = {sum.x, sum.y, sum.z, sum.w};
 #pragma unroll
     for (int k = 0; k < 4; ++k) {
-      const int64_t state = lane / 4 * 2 + k / 2, t = token + lane % 4 * 2 + k % 2;
+      const int64_t state = lane / 4 * 2 + k % 2, t = token + lane % 4 * 2 + k / 2;
       if (t < dims.l)
         store_one(out, row * out.stride[0] + of * out.stride[1] + state * out.stride[2] + t * out.stride[3],
                   of_lane[k]);
