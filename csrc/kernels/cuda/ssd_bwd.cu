@@ -22,9 +22,9 @@
 //
 // No atomics, every order is fixed by the sizes and the GPU's kind: bitwise repeatable. Nothing but the
 // inputs is saved. Workspace: the states of cells, in the factors' type, for spans of the sequences that take
-// at most kSpanBytes together (at least one cell): longer calls run 2 and 3 for span after span. Beside that
-// the ends of 1 and the partial sums of 4, of which those of dB and dC are not needed where one block has all
-// heads of a group.
+// at most kSpanValues together (1 GiB in 16 bits, at least one cell): longer calls run 2 and 3 for span after
+// span. Beside that the ends of 1 and the partial sums of 4, of which those of dB and dC are not needed where
+// one block has all heads of a group.
 //
 // 3 is bound by instructions other than products: it issues in half of the cycles, tensor cores are busy in 8
 // % (float32: 20 %), shared memory in 42 % (ncu on an H100).
@@ -39,7 +39,7 @@ namespace gpu {
 
 namespace {
 
-constexpr int64_t kSpanBytes = int64_t(1) << 30;
+constexpr int64_t kSpanValues = int64_t(1) << 29;
 constexpr int kReduceThreads = 256;
 
 template <class F, int kN>
@@ -133,9 +133,9 @@ struct BwdPlan {
     SsdPieces& pieces = plan.pieces;
     pieces.q = std::min<int64_t>(dims.q, T::kQ);
     const int64_t cells = ceil_div(dims.l, pieces.q), row_heads = dims.b * dims.h;
-    const int64_t cell_bytes = row_heads * dims.p * ssd_padded_n(dims) * int64_t(sizeof(typename F::Element));
-    const int64_t at_once = std::clamp<int64_t>(kSpanBytes / std::max<int64_t>(2 * cell_bytes, 1), 1,
-                                                std::max<int64_t>(cells, 1));
+    const int64_t cell = row_heads * dims.p * ssd_padded_n(dims);  // values of its states
+    const int64_t at_once =
+        std::clamp<int64_t>(kSpanValues / std::max<int64_t>(2 * cell, 1), 1, std::max<int64_t>(cells, 1));
     // Pieces where whole rows are too few blocks for the states.
     const int64_t processors = processor_count();
     const int64_t blocks = std::max<int64_t>(2 * row_heads * ceil_div(dims.p, 64), 1);
@@ -160,7 +160,7 @@ struct BwdPlan {
     const bool split = pieces.count > 1;
     plan.ends = take(split, 2 * pieces.size(dims), sizeof(R));
     plan.decays = take(split, 2 * pieces.heads(dims), sizeof(R));
-    plan.states = take(true, 2 * plan.span * pieces.cells * cell_bytes, 1);
+    plan.states = take(true, 2 * plan.span * pieces.cells * cell, sizeof(typename F::Element));
     plan.sums = take(true, cells * row_heads * sums_width, sizeof(R));
     plan.partial_BC =
         take(!whole_groups, dims.head_blocks() * dims.b * dims.l * 2 * ssd_padded_n(dims), sizeof(R));
