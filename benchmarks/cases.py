@@ -19,10 +19,8 @@ from tests import cases as make
 from . import baselines
 from .contenders import (
     COPY,
-    OURS,
     Contender,
     Direction,
-    Fresh,
     Inputs,
     attention,
     compiled,
@@ -300,41 +298,6 @@ def cuda_cases() -> Iterator[Case]:
     yield ssd_update(1, 80, 64, 128, must=Must("ms", 0.006, "H200"))
     yield from _gpu_ssd_cases()
     yield from gpu_models.cases()
-    yield from map(first_call, FIRST_CALLS)
-
-
-FIRST_CALLS = {
-    "selective_scan": (1, 128, 512, 16),
-    "ssd": (1, 512, 8, 64, 128),
-    "causal_conv1d": (1, 128, 512),
-    "rms_norm_gated": (512, 128),
-    "causal_conv1d_update": (1, 128),
-    "selective_state_update": (1, 128),
-    "ssd_state_update": (1, 8, 64, 128),
-}
-
-
-def first_call(name: str) -> Case:
-    """The first call of an operator after import, forward and backward, in a process of its own."""
-    call = "operator(**inputs)" if name in make.UPDATES else "operator(**inputs).sum().backward()"
-    code = f"""
-import time, torch
-torch.zeros(1, device="cuda").add(1).sum().item()
-from tests import cases
-inputs = cases.{name}(*{FIRST_CALLS[name]}, dtype=torch.bfloat16, device="cuda")
-inputs = {{k: v.requires_grad_() if k in ("x", "u") else v for k, v in inputs.items()}}
-torch.cuda.synchronize()
-import mamba_ops
-operator = mamba_ops.{name}
-begin = time.perf_counter()
-{call}
-torch.cuda.synchronize()
-print(1e3 * (time.perf_counter() - begin))
-"""
-    contender = Contender(OURS, lambda _: Fresh(code))
-    must = Must("ms", 50, "")
-    title = f"{name}, first call of a process"
-    return Case(f"first-call/{name}", title, dict, (contender,), None, must=must)
 
 
 def _gpu_ssd_cases() -> Iterator[Case]:

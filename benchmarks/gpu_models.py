@@ -30,6 +30,31 @@ torch.cuda.synchronize()
 print(1e3 * (time.perf_counter() - begin))
 """
 
+# The slowest of the first calls of every operator, forward and backward.
+FIRST_CALLS = """
+import time, torch
+torch.zeros(1, device="cuda").add(1).sum().item()
+import mamba_ops
+from tests import cases
+sizes = {
+    "selective_scan": (1, 128, 512, 16), "ssd": (1, 512, 8, 64, 128), "causal_conv1d": (1, 128, 512),
+    "rms_norm_gated": (512, 128), "causal_conv1d_update": (1, 128), "selective_state_update": (1, 128),
+    "ssd_state_update": (1, 8, 64, 128),
+}
+times = []
+for name, size in sizes.items():
+    inputs = getattr(cases, name)(*size, dtype=torch.bfloat16, device="cuda")
+    inputs = {k: v.requires_grad_() if k in "xu" and "state" not in inputs else v for k, v in inputs.items()}
+    torch.cuda.synchronize()
+    begin = time.perf_counter()
+    y = getattr(mamba_ops, name)(**inputs)
+    if y.requires_grad:
+        y.backward(torch.ones_like(y))
+    torch.cuda.synchronize()
+    times.append(1e3 * (time.perf_counter() - begin))
+print(max(times))
+"""
+
 
 def cases() -> Iterator[Case]:
     """Training of a layer, training and steps of the model of 2.7 billion, the first step of a small one."""
@@ -61,6 +86,12 @@ def cases() -> Iterator[Case]:
         "Mamba-2 of 130 million, first training step of a process, 8 x 2048 tokens",
         Contender(OURS, lambda _: Fresh(FIRST_STEP)),
         must=2000,
+    )
+    yield _case(
+        "first-call",
+        "the slowest first call of an operator in a process, small inputs",
+        Contender(OURS, lambda _: Fresh(FIRST_CALLS)),
+        must=50,
     )
 
 

@@ -14,7 +14,7 @@ from .contenders import Fresh, Run
 
 _BURST_MS = 100.0  # of one contender before the next one's turn: it is timed with its own data in the caches
 _MAX_BURST = 10
-_MAX_RUNS, _MAX_PROCESSES = 400, 3
+_MAX_RUNS, _PROCESSES = 400, 2
 
 
 @dataclass(frozen=True)
@@ -86,23 +86,24 @@ def interleave(runs: Mapping[str, Run], clock: Clock, budget_s: float, min_runs:
     Returns:
         The times by name.
     """
-    most = {name: _MAX_PROCESSES if isinstance(run, Fresh) else _MAX_RUNS for name, run in runs.items()}
-    guess = {name: clock(run) for name, run in runs.items()}
-    guess |= {name: clock(run) for name, run in runs.items() if guess[name] < 1e3 * budget_s}
+    fresh = {name: run for name, run in runs.items() if isinstance(run, Fresh)}
     samples: dict[str, list[float]] = {name: [] for name in runs}
-    waiting = set(runs)
+    samples |= {name: [clock(run) for _ in range(_PROCESSES)] for name, run in fresh.items()}
+    waiting = set(runs) - set(fresh)
+    guess = {name: clock(runs[name]) for name in runs if name in waiting}
+    guess |= {name: clock(runs[name]) for name in guess if guess[name] < 1e3 * budget_s}
     collecting = gc.isenabled()
     gc.disable()
     try:
         while waiting:
             for name in [n for n in runs if n in waiting]:
-                burst = max(1, min(_MAX_BURST, most[name], int(_BURST_MS / max(guess[name], 1e-3))))
+                burst = max(1, min(_MAX_BURST, int(_BURST_MS / max(guess[name], 1e-3))))
                 if burst > 1:
                     clock(runs[name])  # brings its data back into the caches
                 samples[name] += [clock(runs[name]) for _ in range(burst)]
                 spent = sum(samples[name]) / 1e3
                 enough = 2 if guess[name] > 1e3 * budget_s else min_runs
-                if len(samples[name]) >= most[name] or (spent >= budget_s and len(samples[name]) >= enough):
+                if len(samples[name]) >= _MAX_RUNS or (spent >= budget_s and len(samples[name]) >= enough):
                     waiting.discard(name)
     finally:
         if collecting:
