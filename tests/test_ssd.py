@@ -170,10 +170,15 @@ def test_groups_and_gates_of_tensor_cores(device: str, groups: tuple[int, int]) 
 
 
 @pytest.mark.parametrize("pack", cases.PACKS[1:])
-@pytest.mark.parametrize("options", [("D", "dt_bias", "dt_softplus"), WITHOUT_LIMIT])
-def test_packs_of_tensor_cores(device: str, options: tuple[str, ...], pack: str) -> None:
+@pytest.mark.parametrize("options", [("D", "dt_bias", "dt_softplus"), WITHOUT_GATE, WITHOUT_LIMIT])
+@pytest.mark.parametrize("decay", ["weak", "strong"])
+@pytest.mark.parametrize("n", [64, 128])
+def test_packs_of_tensor_cores(
+    device: str, n: int, decay: str, options: tuple[str, ...], pack: str
+) -> None:
     b = 1 if pack == "cu_seqlens" else 2
-    inputs = cases.ssd(b, 300, 2, 64, 64, options=options, pack=pack, dtype=torch.bfloat16, device=device)
+    kind = {"options": options, "decay": decay, "pack": pack, "dtype": torch.bfloat16, "device": device}
+    inputs = cases.ssd(b, 300, 4, 64, n, groups=(2, 2), **kind)
     check(OPERATOR, inputs)
     check(OPERATOR, inputs | {"dt": inputs["dt"].float()})
 

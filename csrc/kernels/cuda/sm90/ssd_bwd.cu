@@ -1,5 +1,6 @@
 // SSD, backward on Hopper (math: kernels/ssd.h and, step by step, the headers of the launches). p = 64, n =
-// 64 or 128, bfloat16 or float16, whole rows as sequences; other calls are the portable kernels'.
+// 64 or 128, bfloat16 or float16, no gate, no states of packed sequences; other calls are the portable
+// kernels'.
 //
 // Four launches, nothing saved but the inputs:
 //   steps    delta and the sums s of every token (and D in float32), so that no other launch reads dt
@@ -50,7 +51,7 @@ namespace gpu::sm90 {
 
 namespace {
 
-template <class T, int kN>
+template <class T, int kN, bool kPacked>
 __global__ void __launch_bounds__(kChunkThreads, 1)
     ssd_bwd_chunks(const __grid_constant__ SsdBwdMaps maps, const __grid_constant__ SsdBwdArgs a) {
   using Shared = ChunksShared<kN>;
@@ -72,13 +73,13 @@ __global__ void __launch_bounds__(kChunkThreads, 1)
   const int warpgroup = __shfl_sync(kAllLanes, threadIdx.x / kWarpgroup, 0);
   if (warpgroup == 0) {
     take_registers<184>();
-    walk_pairs<T, kN>(a, shared, base);
+    walk_pairs<T, kN, kPacked>(a, shared, base);
   } else if (warpgroup == 1) {
     give_registers<104>();
-    walk_inputs<T, kN>(maps, a, shared, base);
+    walk_inputs<T, kN, kPacked>(maps, a, shared, base);
   } else if (warpgroup == 2) {
     take_registers<200>();
-    walk_edges<T, kN>(maps, a, shared, base);
+    walk_edges<T, kN, kPacked>(maps, a, shared, base);
   } else {
     give_registers<24>();
     if (threadIdx.x == 3 * kWarpgroup) load_heads<kN>(maps, a, base);
@@ -90,7 +91,7 @@ constexpr int kSms = 132;  // what blocks of heads are chosen for: sums come out
 constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 struct Workspace {
-  int64_t states, steps, sums, anchors, D, skips, partial_BC, partial_h, arrived, bytes;
+  int64_t starts, states, steps, sums, anchors, D, skips, partial_BC, partial_h, arrived, bytes;
 };
 
 // Heads of a block such that the blocks fill the SMs in whole turns; entering a tile costs about as much as
@@ -109,10 +110,11 @@ int heads_of_block(int64_t tiles, int groups, int sharing) {
   return best;
 }
 
-SsdBwdArgs arguments(const SsdBwd& p) {
+SsdBwdArgs arguments(const SsdBwd& p, const Sequences& seqs) {
   const SsdDims& dims = p.fwd.dims;
   SsdBwdArgs a{};
   a.p = p;
+  a.seqs = seqs;
   if (!dims.D_per_channel) a.p.fwd.D.stride[1] = 0;
   a.b = int(dims.b);
   a.l = int(dims.l);
@@ -136,6 +138,7 @@ Workspace workspace(const SsdBwdArgs& a) {
     return begin;
   };
   const int64_t n = a.p.fwd.dims.n;
+  at.starts = take(a.seqs.id.data ? int64_t(a.b) * a.chunks * 2 * sizeof(uint64_t) : 0);
   at.states = take(heads * a.chunks * 2 * (n / 64) * kTileBytes);
   at.steps = take(heads * a.chunks * kStepBytes);
   at.sums = take(heads * a.tiles * kSums * kTile * sizeof(float));
@@ -185,7 +188,7 @@ template <class T, int kN>
 const char* launch(const SsdBwdMaps& maps, const SsdBwdArgs& a, cudaStream_t stream) {
   constexpr int kStatesBytes = StatesShared<kN>::kBytes, kChunksBytes = ChunksShared<kN>::kBytes;
   const auto states = ssd_bwd_states<T, kN>;
-  const auto chunks = ssd_bwd_chunks<T, kN>;
+  const auto chunks = a.starts ? ssd_bwd_chunks<T, kN, true> : ssd_bwd_chunks<T, kN, false>;
   if (const char* error = allow_shared(states, kStatesBytes)) return error;
   if (const char* error = allow_shared(chunks, kChunksBytes)) return error;
   const int64_t chains = 2 * ceil_div(a.sharing, kStateHeads) * a.groups * a.b;
@@ -213,9 +216,11 @@ bool ssd_bwd_hopper_takes(const SsdBwd& p, const Sequences& seqs) {
   const SsdDims& dims = f.dims;
   const DType type = f.x.dtype;
   if ((type != DType::bf16 && type != DType::f16) || f.B.dtype != type || f.C.dtype != type ||
-      p.dy.dtype != type || p.dx.dtype != type || f.z || seqs.id.data || dims.p != kTile ||
-      (dims.n != 64 && dims.n != 128) || dims.groups_B != dims.groups_C)
+      p.dy.dtype != type || p.dx.dtype != type || f.z || dims.p != kTile || (dims.n != 64 && dims.n != 128) ||
+      dims.groups_B != dims.groups_C)
     return false;
+  // In a pack every sequence has states of its own: chunks that straddle sequences cannot carry them.
+  if (seqs.cu_seqlens.data && (f.states_in || p.dstates_out)) return false;
   const auto reachable = [&](const View& v, int64_t inner, int64_t middle) {
     return can_map(v.data, token_dims(v, inner, dims, middle, kTile).dim, 4);
   };
@@ -233,18 +238,19 @@ bool ssd_bwd_hopper_takes(const SsdBwd& p, const Sequences& seqs) {
          major == 9;
 }
 
-int64_t ssd_bwd_hopper_workspace(const SsdBwd& p, const Sequences&, int64_t) {
+int64_t ssd_bwd_hopper_workspace(const SsdBwd& p, const Sequences& seqs, int64_t) {
   using namespace gpu::sm90;
-  return workspace(arguments(p)).bytes;
+  return workspace(arguments(p, seqs)).bytes;
 }
 
-const char* ssd_bwd_hopper(const SsdBwd& p, const Sequences&, int64_t, void* memory, void* cuda_stream) {
+const char* ssd_bwd_hopper(const SsdBwd& p, const Sequences& seqs, int64_t, void* memory, void* cuda_stream) {
   using namespace gpu::sm90;
   SsdBwdMaps maps;
   if (const char* error = make_maps(maps, p)) return error;
-  SsdBwdArgs a = arguments(p);
+  SsdBwdArgs a = arguments(p, seqs);
   const Workspace at = workspace(a);
   uint8_t* base = static_cast<uint8_t*>(memory);
+  a.starts = seqs.id.data ? reinterpret_cast<uint64_t*>(base + at.starts) : nullptr;
   a.states = base + at.states;
   a.steps = reinterpret_cast<float*>(base + at.steps);
   a.sums = reinterpret_cast<float*>(base + at.sums);

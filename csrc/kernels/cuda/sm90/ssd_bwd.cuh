@@ -2,6 +2,7 @@
 // ssd_bwd.cu.
 #pragma once
 #include "kernels/cuda/sm90/ptx.cuh"
+#include "kernels/cuda/sequences.cuh"
 #include "kernels/cuda/ssd_steps.cuh"
 
 namespace mamba_ops::gpu::sm90 {
@@ -25,13 +26,15 @@ struct SsdBwdMaps {
 
 struct SsdBwdArgs {
   SsdBwd p;
+  Sequences seqs;
   int b, l, h, groups;
   int tiles, chunks;  // of a row
   int sharing;        // heads of a group
   int heads, blocks;  // of a block of heads; blocks of a group
   int parts;          // of the last launch's sums over the tokens of a head
   // Workspace; (b h): row * h + head.
-  uint8_t* states;  // (b h, chunks, H and G, n / 64, 64, 64) as wgmma reads them
+  uint64_t* starts;  // (b, 2 chunks) of 64 tokens: the tokens at which runs begin; null: rows are one run
+  uint8_t* states;   // (b h, chunks, H and G, n / 64, 64, 64) as wgmma reads them
   float* steps;     // (b h, chunks, delta and s, 128): s as in ssd_steps.cuh, over the chunk
   float* sums;      // (b h, tiles, kSums, 64)
   float* anchors;   // (b h, chunks, 4): v of each warp
@@ -42,7 +45,14 @@ struct SsdBwdArgs {
   int* arrived;       // (h): parts that are done
 
   __device__ int64_t row_head(int row, int head) const { return int64_t(row) * h + head; }
+  __device__ uint64_t starts_of(int row, int tile) const {
+    return starts ? starts[int64_t(row) * 2 * chunks + tile] : 0;
+  }
 };
+
+// Of the starts of a tile: the first token, or 64; the last, or -1.
+__device__ inline int first_start(uint64_t starts) { return starts ? __ffsll(starts) - 1 : kTile; }
+__device__ inline int last_start(uint64_t starts) { return kTile - 1 - __clzll(starts); }
 
 __device__ inline float parameter(const View& v, int head) {
   return v.data ? load_one<float>(v, head * v.stride[0]) : 0.f;

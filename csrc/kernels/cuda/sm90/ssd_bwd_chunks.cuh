@@ -86,6 +86,35 @@ struct Ring {
   }
 };
 
+// Where runs begin in the chunk of a tile, and so what its decays reach. Unpacked: nowhere, everything.
+template <bool kPacked>
+struct ChunkRuns {
+  uint64_t own = 0;                          // starts of the tile itself
+  int first = kChunk, last = -1;             // starts of the chunk
+  int first_right = kTile, last_left = -1;   // the first start of half 1, the last of half 0, in tokens of it
+
+  __device__ ChunkRuns(const SsdBwdArgs& a, const ChunkItem& item) {
+    if constexpr (kPacked) {
+      const uint64_t left = a.starts_of(item.row, item.tile / 2 * 2);
+      const uint64_t right = a.starts_of(item.row, item.tile / 2 * 2 + 1);
+      own = item.half ? right : left;
+      first_right = first_start(right);
+      last_left = last_start(left);
+      first = left ? first_start(left) : kTile + first_right;
+      last = right ? kTile + last_start(right) : last_left;
+    }
+  }
+  __device__ bool any() const { return kPacked && last >= 0; }
+  // From the left edge of the chunk to token i, from token j to its right edge.
+  __device__ bool enters(int i) const { return !kPacked || i < first; }
+  __device__ bool leaves(int j) const { return !kPacked || j >= last; }
+  // From the edge between the halves to token i of half 1, from token j of half 0 to that edge.
+  __device__ bool enters_right(int i) const { return !kPacked || i < first_right; }
+  __device__ bool leaves_left(int j) const { return !kPacked || j >= last_left; }
+  // Tokens from j of the tile to the end of its run or of the tile.
+  __device__ int length(int j) const { return first_start(own & (~1ull << j)) - j; }
+};
+
 // Steps of the chunk, in a stage.
 struct ChunkSteps {
   const float *delta, *s;

@@ -44,7 +44,7 @@ __device__ void store_factor(const SsdBwdArgs& a, const ChunkItem& item, const V
       *reinterpret_cast<uint32_t*>(out + row * to.stride[1] + i / 2 * 8) = pack<T>(d[2 * i], d[2 * i + 1]);
 }
 
-template <class T, int kN>
+template <class T, int kN, bool kPacked>
 __device__ void walk_edges(const SsdBwdMaps& maps, const SsdBwdArgs& a, uint8_t* shared, uint32_t base) {
   using Shared = ChunksShared<kN>;
   const int tid = threadIdx.x % kWarpgroup, lane = tid % 32;
@@ -55,6 +55,7 @@ __device__ void walk_edges(const SsdBwdMaps& maps, const SsdBwdArgs& a, uint8_t*
   const int items = chunk_items(a);
   for (int n = blockIdx.x; n < items; n += gridDim.x, factors.next()) {
     const ChunkItem item(a, n);
+    const ChunkRuns<kPacked> runs(a, item);
     float dB[kN / 2], dC[kN / 2];
 #pragma unroll
     for (int i = 0; i < kN / 2; ++i) dB[i] = dC[i] = 0;
@@ -75,11 +76,15 @@ __device__ void walk_edges(const SsdBwdMaps& maps, const SsdBwdArgs& a, uint8_t*
       if (item.half == 0) {
         const float v =
             warp_sum(dot_states<T, kN>(shared + stage + Shared::kH, shared + stage + Shared::kG, tid));
-        if (lane == 0) a.anchors[(row_head * a.chunks + item.tile / 2) * 4 + w] = exp2_of(end) * v;
+        if (lane == 0)
+          a.anchors[(row_head * a.chunks + item.tile / 2) * 4 + w] = runs.any() ? 0.f : exp2_of(end) * v;
       }
       Fragments left;
       load_fragments(left, base + stage + Shared::kDy, w);
-      scale_rows<T>(left, {exp2_of(s_row[0]), exp2_of(s_row[1])});
+      float weight[2];
+#pragma unroll
+      for (int r = 0; r < 2; ++r) weight[r] = runs.enters(mine + 8 * r) ? exp2_of(s_row[r]) : 0.f;
+      scale_rows<T>(left, weight);
       wgmma_wait<0>();
       float entering[2];
       row_dots<T>(entering, left, HC);
@@ -93,8 +98,11 @@ __device__ void walk_edges(const SsdBwdMaps& maps, const SsdBwdArgs& a, uint8_t*
       wgmma_commit();
       Fragments right;
       load_fragments(right, base + stage + Shared::kX, w);
-      scale_rows<T>(right, {exp2_of(end - s_row[0]) * steps.delta[mine],
-                            exp2_of(end - s_row[1]) * steps.delta[mine + 8]});
+#pragma unroll
+      for (int r = 0; r < 2; ++r)
+        weight[r] =
+            runs.leaves(mine + 8 * r) ? exp2_of(end - s_row[r]) * steps.delta[mine + 8 * r] : 0.f;
+      scale_rows<T>(right, weight);
       wgmma_fence();
       add_product<T>(dB, right, G);
       wgmma_commit();

@@ -4,7 +4,7 @@
 
 namespace mamba_ops::gpu::sm90 {
 
-template <class T, int kN>
+template <class T, int kN, bool kPacked>
 __device__ void walk_inputs(const SsdBwdMaps& maps, const SsdBwdArgs& a, uint8_t* shared, uint32_t base) {
   using Shared = ChunksShared<kN>;
   const int tid = threadIdx.x % kWarpgroup, lane = tid % 32, t = lane % 4;
@@ -15,6 +15,7 @@ __device__ void walk_inputs(const SsdBwdMaps& maps, const SsdBwdArgs& a, uint8_t
   const int items = chunk_items(a);
   for (int n = blockIdx.x; n < items; n += gridDim.x, factors.next()) {
     const ChunkItem item(a, n);
+    const ChunkRuns<kPacked> runs(a, item);
     wait_for(base + Shared::kFactorsReady, factors.parity);
     for (int head = item.head; head < item.head + item.heads; ++head, ring.next(), p_ring.next()) {
       const int stage = Shared::kFirstStage + ring.stage * Shared::kStage;
@@ -31,8 +32,10 @@ __device__ void walk_inputs(const SsdBwdMaps& maps, const SsdBwdArgs& a, uint8_t
       const ChunkSteps steps(shared + stage + Shared::kSteps);
       const int mine = item.half * kTile + r0;
       const float delta[2] = {steps.delta[mine], steps.delta[mine + 8]};
-      const float to_end[2] = {exp2_of(steps.end() - steps.s[mine]),
-                               exp2_of(steps.end() - steps.s[mine + 8])};
+      float to_end[2];
+#pragma unroll
+      for (int r = 0; r < 2; ++r)
+        to_end[r] = runs.leaves(mine + 8 * r) ? exp2_of(steps.end() - steps.s[mine + 8 * r]) : 0.f;
       Fragments left;
       float dots[2];
       load_fragments(left, x, w);

@@ -7,19 +7,24 @@ namespace mamba_ops::gpu::sm90 {
 enum class Square { own, other_i, other_j };
 
 // One square of one head, from D, whose rows are the own tokens. cb: CB, this thread's; s_row, delta_row: of
-// the thread's rows; s, delta: of the columns. Adds delta D o L to dcb, W to the sums of rows and, for the
-// own pairs, of columns, their D_ii to skip; p: P.
-template <class T, Square kSquare>
+// the thread's rows, length: of their runs from there on; s, delta: of the columns. Adds delta D o L to dcb, W
+// to the sums of rows and, for the own pairs, of columns, their D_ii to skip; p: P.
+template <class T, Square kSquare, bool kPacked>
 __device__ inline void add_pairs(const float (&d)[32], const float4* cb, float (&dcb)[32], const float* s,
                                  const float* delta, float edge, const float (&s_row)[2],
-                                 const float (&delta_row)[2], int w, int lane, float (&row_sums)[2],
+                                 const float (&delta_row)[2], const ChunkRuns<kPacked>& runs,
+                                 const int (&length)[2], int w, int lane, float (&row_sums)[2],
                                  float (&column_sums)[16], float& skip, Fragments& p) {
   const int g = lane / 4, t = lane % 4;
   float row_factor[2];
-  if constexpr (kSquare != Square::own)
+  if constexpr (kSquare != Square::own) {
 #pragma unroll
-    for (int r = 0; r < 2; ++r)
+    for (int r = 0; r < 2; ++r) {
+      const int row = 16 * w + g + 8 * r;
       row_factor[r] = exp2_of(kSquare == Square::other_i ? edge - s_row[r] : s_row[r] - edge);
+      if (!(kSquare == Square::other_i ? runs.leaves_left(row) : runs.enters_right(row))) row_factor[r] = 0;
+    }
+  }
 #pragma unroll
   for (int c = 0; c < 8; ++c) {
     uint32_t (&p_pairs)[4] = p[c / 2];
@@ -42,6 +47,14 @@ __device__ inline void add_pairs(const float (&d)[32], const float4* cb, float (
       column_factor[0] = exp2_of(edge - s_column[0]) * delta2.x;
       column_factor[1] = exp2_of(edge - s_column[1]) * delta2.y;
     }
+    if constexpr (kSquare != Square::own) {
+#pragma unroll
+      for (int e = 0; e < 2; ++e) {
+        const int column = 8 * c + 2 * t + e;
+        if (!(kSquare == Square::other_i ? runs.enters_right(column) : runs.leaves_left(column)))
+          column_factor[e] = 0;
+      }
+    }
     float L[2][2];
 #pragma unroll
     for (int r = 0; r < 2; ++r)
@@ -49,13 +62,13 @@ __device__ inline void add_pairs(const float (&d)[32], const float4* cb, float (
       for (int e = 0; e < 2; ++e)
         L[r][e] = kSquare == Square::own ? s_column[e] - s_row[r] : column_factor[e] * row_factor[r];
     if constexpr (kSquare == Square::own) {
-      if (c < 2 * w + 2)  // the warp's part of the diagonal
+      if (kPacked || c < 2 * w + 2)  // the warp's part of the diagonal
 #pragma unroll
         for (int r = 0; r < 2; ++r)
 #pragma unroll
           for (int e = 0; e < 2; ++e) {
             const int ahead = 8 * c + 2 * t + e - (16 * w + g + 8 * r);  // i - j
-            if (ahead < 0) L[r][e] = -INFINITY;
+            if (kPacked ? unsigned(ahead) >= unsigned(length[r]) : ahead < 0) L[r][e] = -INFINITY;
             if (ahead == 0) skip += d[4 * c + 2 * r + e];
           }
 #pragma unroll
@@ -86,7 +99,7 @@ __device__ inline void add_pairs(const float (&d)[32], const float4* cb, float (
   }
 }
 
-template <class T, int kN>
+template <class T, int kN, bool kPacked>
 __device__ void walk_pairs(const SsdBwdArgs& a, uint8_t* shared, uint32_t base) {
   using Shared = ChunksShared<kN>;
   const int tid = threadIdx.x, lane = tid % 32, w = __shfl_sync(kAllLanes, tid / 32, 0),
@@ -101,6 +114,8 @@ __device__ void walk_pairs(const SsdBwdArgs& a, uint8_t* shared, uint32_t base) 
   const int items = chunk_items(a);
   for (int n = blockIdx.x; n < items; n += gridDim.x, factors.next()) {
     const ChunkItem item(a, n);
+    const ChunkRuns<kPacked> runs(a, item);
+    const int length[2] = {runs.length(r0), runs.length(r0 + 8)};
     float own[32], other[32], dcb_own[32], dcb_other[32];
     wait_for(base + Shared::kFactorsReady, factors.parity);
     wgmma_fence();
@@ -138,7 +153,7 @@ __device__ void walk_pairs(const SsdBwdArgs& a, uint8_t* shared, uint32_t base) 
       Fragments p;
       wgmma_wait<1>();
       add_pairs<T, Square::own>(own, cb, dcb_own, steps.s + item.half * kTile, nullptr, edge, s_row,
-                                delta_row, w, lane, sums, column_sums, skip, p);
+                                delta_row, runs, length, w, lane, sums, column_sums, skip, p);
       wait_for(p_free, p_ring.parity ^ 1);
       store_fragments(p_own, w, p);
       fence_async_proxy();
@@ -148,12 +163,12 @@ __device__ void walk_pairs(const SsdBwdArgs& a, uint8_t* shared, uint32_t base) 
       wgmma_wait<0>();
       if (item.half == 0) {
         add_pairs<T, Square::other_i>(other, other_cb, dcb_other, steps.s + kTile, nullptr, edge, s_row,
-                                      delta_row, w, lane, others, column_sums, skip, p);
+                                      delta_row, runs, length, w, lane, others, column_sums, skip, p);
         store_fragments(p_other, w, p);
         fence_async_proxy();
       } else {
         add_pairs<T, Square::other_j>(other, other_cb, dcb_other, steps.s, steps.delta, edge, s_row,
-                                      delta_row, w, lane, others, column_sums, skip, p);
+                                      delta_row, runs, length, w, lane, others, column_sums, skip, p);
       }
       __syncwarp();
       if (lane == 0) {

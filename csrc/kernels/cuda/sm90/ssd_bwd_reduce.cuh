@@ -1,7 +1,11 @@
 // What is left: the gradients of the steps from the sums over pairs, and all sums over blocks.
 //
-//   gs_i = kPairs + kEntering - kLeaving;  ga_t = sum_{i >= t in the chunk} gs_i + sum kLeaving + v   (form
-//   R) ddelta_t = kInput + A ga_t;  dA = sum delta_t ga_t;  ddt through clamp and softplus, ddt_bias its sum
+//   gs_i = kPairs + kEntering - kLeaving;  ga_t = sum_{i >= t in the chunk} gs_i + sum kLeaving + v
+//   (form R)
+//   ddelta_t = kInput + A ga_t;  dA = sum delta_t ga_t;  ddt through clamp and softplus, ddt_bias its sum
+//
+// Sums over the tokens of the run alone, kLeaving and v in the run that leaves the chunk; where a run begins
+// ga is 0.
 //
 // The first blocks take a stretch of the chunks of kReduceHeads heads, a warp one head, a lane 4 neighbouring
 // tokens; ddt goes through shared memory and out along the heads. Sums over chunks in double, then by the
@@ -48,28 +52,41 @@ __device__ inline void add_chunk(const SsdBwdArgs& a, int row, int chunk, int he
     total.skip[0] += a.skips[first_tile * 4 + lane];
   }
 
+  const uint64_t starts0 = a.starts_of(row, 2 * chunk), starts1 = a.starts_of(row, 2 * chunk + 1);
+  const int last = starts1 ? kTile + last_start(starts1) : last_start(starts0);
+  // Bit i: a run begins at the lane's token i; bit 4: at the next lane's first one.
+  unsigned begin = unsigned((lane < 16 ? starts0 : starts1) >> lane % 16 * 4) & 15;
+  begin |= (__shfl_down_sync(kAllLanes, begin, 1) & 1) << 4;
+
   float gs[4], own = 0, right = lane < 4 ? a.anchors[(row_head * a.chunks + chunk) * 4 + lane] : 0.f;
 #pragma unroll
-  for (int i = 0; i < 4; ++i) {
+  for (int i = 3; i >= 0; --i) {
     gs[i] = pairs[i] + entering[i] - leaving[i];
-    own += gs[i];
+    own = (begin >> (i + 1) & 1 ? 0.f : own) + gs[i];
     right += leaving[i];
   }
   right = warp_sum(right);
-  float from_right = own;
+  float from_right = own;  // of the run of the lane's first token
+  bool ended = begin >> 1;
 #pragma unroll
   for (int d = 1; d < 32; d *= 2) {
     const float other = __shfl_down_sync(kAllLanes, from_right, d);
-    if (lane + d < 32) from_right += other;
+    const bool other_ended = __shfl_down_sync(kAllLanes, ended, d);
+    if (lane + d < 32 && !ended) {
+      from_right += other;
+      ended = other_ended;
+    }
   }
   const float beyond = __shfl_down_sync(kAllLanes, from_right, 1);
-  float ga = (lane < 31 ? beyond : 0.f) + right, dA = 0, dbias = 0;
+  float ga = lane < 31 ? beyond : 0.f, dA = 0, dbias = 0;
 #pragma unroll
   for (int i = 3; i >= 0; --i) {
     const int64_t t = int64_t(chunk) * kChunk + 4 * lane + i;
-    ga += gs[i];
+    ga = (begin >> (i + 1) & 1 ? 0.f : ga) + gs[i];
     if (t >= a.l) continue;
-    const float at = t == 0 && !a.p.fwd.states_in ? 0.f : ga;  // nothing to decay
+    // 0: nothing to decay
+    const bool first = begin >> i & 1 || (t == 0 && !a.p.fwd.states_in);
+    const float at = first ? 0.f : 4 * lane + i >= last ? ga + right : ga;
     float g = input[i] + rate * at;
     if (delta[i] > float(dims.dt_min) && delta[i] < float(dims.dt_max))
       g *= dims.softplus ? -expm1f(-delta[i]) : 1.f;  // softplus' of softplus
@@ -137,7 +154,7 @@ __device__ void reduce_heads(const SsdBwdArgs& a, int block, int part) {
   const int sums = per_channel ? kHeadSums : 3;
   for (int i = threadIdx.x; i < heads * sums; i += kReduceThreads) {
     const int k = i / sums, which = i % sums, of = head0 + k;
-    double sum = 0;
+    double sum = is_invalid(a.seqs) ? NAN : 0;
     for (int64_t j = 0; j < a.parts; ++j) sum += __ldcg(a.partial_h + (j * a.h + of) * kHeadSums + which);
     if (which == 0)
       store_one(p.dA, of * p.dA.stride[0], sum);

@@ -8,7 +8,7 @@
 // from shared memory through ldmatrix as the left factor (p x 64 tokens), the tile of B or C (64 x n) as the
 // right one. The state is rounded and stored where a chunk begins (H) or ends (G). Each warp makes the
 // weights for itself: no barrier but those of the stages. The first thread loads the next tile before it
-// takes one.
+// takes one. Where runs begin in a tile, what lies on their other side has no weight, and the state ends.
 //
 // Shared memory (n = 128; twice on an SM): 2 stages of B or C 16 KiB, two tiles of tokens 16 KiB and their
 // steps 2 KiB; the stored images 2 x 16 KiB, weights 2 KiB.
@@ -104,6 +104,7 @@ __device__ void walk_states(const SsdBwdMaps& maps, const SsdBwdArgs& a, const C
   if (const void* first = reverse ? a.p.dstates_out : a.p.fwd.states_in)
     load_state<kN>(state, static_cast<const float*>(first) + row_head * kTile * kN, w, lane);
   if (threadIdx.x == 0) load_tile<kN>(maps, a, chain, 0, base);
+  uint64_t next_starts = a.starts_of(chain.row, chain.tile(a, 0));
   for (int i = 0; i < a.tiles; ++i) {
     if (threadIdx.x == 0 && i + 1 < a.tiles) load_tile<kN>(maps, a, chain, i + 1, base);
     __syncwarp();
@@ -127,6 +128,8 @@ __device__ void walk_states(const SsdBwdMaps& maps, const SsdBwdArgs& a, const C
       }
     }
 
+    const uint64_t starts = next_starts;
+    if (i + 1 < a.tiles) next_starts = a.starts_of(chain.row, chain.tile(a, i + 1));
     const uint32_t factor = base + stage * Shared::kStage;
     const uint32_t tokens = factor + Shared::kTokens + local * kTileBytes + turned;
     const float* delta = reinterpret_cast<const float*>(shared + stage * Shared::kStage + Shared::kSteps +
@@ -137,10 +140,16 @@ __device__ void walk_states(const SsdBwdMaps& maps, const SsdBwdArgs& a, const C
     const float first = tile % 2 ? s[-1] : 0.f, last = s[kTile - 1];
     const float2 s2 = *reinterpret_cast<const float2*>(s + 2 * lane);
     const float2 delta2 = *reinterpret_cast<const float2*>(delta + 2 * lane);
-    *reinterpret_cast<float2*>(weights + 2 * lane) =
-        reverse ? make_float2(exp2_of(s2.x - first), exp2_of(s2.y - first))
-                : make_float2(exp2_of(last - s2.x) * delta2.x, exp2_of(last - s2.y) * delta2.y);
-    const float decay = exp2_of(last - first);
+    float2 weight = reverse ? make_float2(exp2_of(s2.x - first), exp2_of(s2.y - first))
+                            : make_float2(exp2_of(last - s2.x) * delta2.x, exp2_of(last - s2.y) * delta2.y);
+    float decay = exp2_of(last - first);
+    if (starts) {
+      const auto counts = [&](int j) { return reverse ? j < first_start(starts) : j >= last_start(starts); };
+      if (!counts(2 * lane)) weight.x = 0;
+      if (!counts(2 * lane + 1)) weight.y = 0;
+      decay = 0;
+    }
+    *reinterpret_cast<float2*>(weights + 2 * lane) = weight;
 #pragma unroll
     for (int k = 0; k < kN / 2; ++k) state[k] *= decay;
     __syncwarp();

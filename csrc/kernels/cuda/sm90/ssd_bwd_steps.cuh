@@ -1,5 +1,5 @@
 // The steps of every token: delta, and s, the sum of delta A from the first token of its chunk of 128. And D
-// in float32, for every channel.
+// in float32, for every channel; in packs, where runs begin.
 //
 // A block takes a chunk and kStepHeads heads: dt comes in along the heads, goes through shared memory, and
 // leaves along the tokens. A warp takes a head, a lane 4 neighbouring tokens. Beyond the row delta is 0 and s
@@ -33,6 +33,13 @@ __global__ void __launch_bounds__(32 * kStepWarps) ssd_bwd_steps(const __grid_co
       a.D[head0 * kTile + i] =
           load_one<float>(f.D, (head0 + i / kTile) * f.D.stride[0] + i % kTile * f.D.stride[1]);
   }
+  if (a.starts && head0 == 0 && warp < kChunk / 32) {
+    const int t = t0 + 32 * warp + lane;
+    const unsigned bits = __ballot_sync(kAllLanes, t > 0 && t < a.l && begins(a.seqs, row, t));
+    if (lane == 0)
+      reinterpret_cast<uint32_t*>(a.starts)[(int64_t(row) * a.chunks + chunk) * (kChunk / 32) + warp] = bits;
+  }
+  const bool invalid = is_invalid(a.seqs);
   __syncthreads();
   for (int k = warp; k < heads; k += kStepWarps) {
     const float rate = parameter(f.A, head0 + k) * float(kLog2e), bias = parameter(f.dt_bias, head0 + k);
@@ -40,6 +47,7 @@ __global__ void __launch_bounds__(32 * kStepWarps) ssd_bwd_steps(const __grid_co
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
       delta[i] = t0 + 4 * lane + i < a.l ? make_step(dt[4 * lane + i][k], bias, f.dims).delta : 0.f;
+      if (invalid) delta[i] = NAN;
       sum += delta[i] * rate;
       s[i] = sum;
     }
