@@ -173,9 +173,7 @@ def test_groups_and_gates_of_tensor_cores(device: str, groups: tuple[int, int]) 
 @pytest.mark.parametrize("options", [("D", "dt_bias", "dt_softplus"), WITHOUT_GATE, WITHOUT_LIMIT])
 @pytest.mark.parametrize("decay", ["weak", "strong"])
 @pytest.mark.parametrize("n", [64, 128])
-def test_packs_of_tensor_cores(
-    device: str, n: int, decay: str, options: tuple[str, ...], pack: str
-) -> None:
+def test_packs_of_tensor_cores(device: str, n: int, decay: str, options: tuple[str, ...], pack: str) -> None:
     b = 1 if pack == "cu_seqlens" else 2
     kind = {"options": options, "decay": decay, "pack": pack, "dtype": torch.bfloat16, "device": device}
     inputs = cases.ssd(b, 300, 4, 64, n, groups=(2, 2), **kind)
@@ -205,6 +203,17 @@ def test_work_that_a_gpu_cuts(device: str, b: int, l: int, h: int, n: int) -> No
     got = check(OPERATOR, inputs, loss=())
     y, state = mamba_ops.ssd(**inputs)
     assert torch.equal(y, got["y"]) and torch.equal(state, got["final_state"])
+
+
+@pytest.mark.parametrize("pack", [None, "seq_idx"])
+@pytest.mark.parametrize("n", [64, 128])
+def test_gradients_of_work_that_a_gpu_cuts(device: str, n: int, pack: str | None) -> None:
+    """Few and long sequences: the states of the backward are made in segments."""
+    options = {"options": WITHOUT_GATE, "pack": pack, "dtype": torch.bfloat16, "device": device}
+    inputs = cases.ssd(1, 1100, 3, 64, n, **options)
+    first = check(OPERATOR, inputs)
+    second = evaluate(mamba_ops.ssd, inputs, ("y", "final_state"))
+    assert all(torch.equal(first[name], second[name]) for name in second)
 
 
 @pytest.mark.parametrize(("b", "l", "h"), [(2, 130, 134), (1, 1100, 2)])

@@ -32,8 +32,7 @@ __device__ inline R step_grad(R grad, R raw, const SsdDims& dims) {
 
 // Sums over lanes 0 .. this one, in a fixed order.
 template <class R>
-__device__ inline R inclusive_sum(R v) {
-  const int lane = threadIdx.x % 32;
+__device__ inline R inclusive_sum(R v, int lane = threadIdx.x % 32) {
 #pragma unroll
   for (int d = 1; d < 32; d *= 2) {
     const R other = __shfl_up_sync(kAllLanes, v, d);

@@ -249,6 +249,14 @@ __device__ inline void ldmatrix(uint32_t (&to)[4], uint32_t address) {
 
 // ---- registers
 
+// A value that stays in its register: otherwise what is cheap to name but slow to get, as threadIdx.x is, may
+// be worked out again wherever it is used.
+template <class I>
+__device__ inline I kept(I value) {
+  asm volatile("" : "+r"(value));
+  return value;
+}
+
 // A warpgroup gives registers back, or takes some: then threads x registers over the block stay within what
 // it was launched with, and the kernel has __launch_bounds__(threads, 1).
 template <int kRegisters>

@@ -5,7 +5,7 @@
 // Four launches, nothing saved but the inputs:
 //   steps    delta and the sums s of every token (and D in float32), so that no other launch reads dt
 //   states   H at the left edge of every chunk of 128 tokens by the forward recurrence, the gradient G of the
-//            state at its right edge by the reversed one, in 16 bits
+//            state at its right edge by the reversed one, in 16 bits; few chains over long rows in segments
 //   chunks   a block of heads and 64 tokens at a time: dx; dB, dC, the sums for the steps, per block of heads
 //   reduce   ddt, and the sums over tokens (dA, ddt_bias, dD) and over blocks of heads (dB, dC)
 //
@@ -18,14 +18,16 @@
 //   shared     chunks: 57 KiB loaded, 160 KiB read by products, 120 KiB as fragments, CB, P and dx: at 128
 //              bytes a cycle 2700 cycles, the next wall after what is measured below
 //
-// Workspace: 2.2 times x at n = 128 (per token and head 256 bytes of states and 25 of steps and sums).
+// Workspace: 2.2 times x at n = 128 (per token and head 256 bytes of states and 25 of steps and sums), at any
+// length; segments add at most 17 MiB.
 //
 // Measured on an H100 (copy 2.98 TB/s; bf16, D, dt_bias, softplus; ms, medians, L2 flushed):
 //   b l h groups (n = 128)   whole   steps   states   chunks   reduce
-//   4 4096 80 1              0.78    0.015   0.31     0.42     0.030
+//   4 4096 80 1              0.78    0.015   0.31     0.42     0.030   (packed: 0.81)
 //   8 2048 24 1              0.26    0.013   0.09     0.14     0.014
 //   2 8192 128 8             1.27    0.017   0.47     0.73     0.040
 //   1 65536 128 1            4.5     0.045   1.72     2.65     0.114
+//   1 65536 32 1             1.42 (one segment: 1.97); 1 1048576 32 1: 23.7, 1.04 times as much per token
 // What bounds it, first row (ncu): states: memory, 72 % of the DRAM peak, warps wait for tiles in half of the
 // samples. chunks: the warpgroup of the pairs, 870 instructions of a warp per head and tile (edges 530,
 // inputs 540): it waits for instructions in 19 % of its samples, for shared memory in 18 %, at its barrier in
@@ -91,7 +93,8 @@ constexpr int kSms = 132;  // what blocks of heads are chosen for: sums come out
 constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 struct Workspace {
-  int64_t starts, states, steps, sums, anchors, D, skips, partial_BC, partial_h, arrived, bytes;
+  int64_t starts, states, steps, sums, anchors, D, skips, partial_BC, partial_h, arrived;
+  int64_t flags, ends, decays, bytes;
 };
 
 // Heads of a block such that the blocks fill the SMs in whole turns; entering a tile costs about as much as
@@ -126,6 +129,10 @@ SsdBwdArgs arguments(const SsdBwd& p, const Sequences& seqs) {
   a.heads = heads_of_block(dims.b * a.tiles, a.groups, a.sharing);
   a.blocks = int(ceil_div(a.sharing, a.heads));
   a.parts = int(std::clamp<int64_t>(dims.b * a.chunks / 2, 1, 128));
+  // Segments where chains leave SMs idle. Two would gain nothing: all but the last are walked twice.
+  a.chains = int(2 * ceil_div(a.sharing, kStateHeads) * a.groups * a.b);
+  a.segments = std::min(2 * kSms / a.chains, a.tiles / 4);
+  if (a.segments < 3) a.segments = 1;
   return a;
 }
 
@@ -149,6 +156,11 @@ Workspace workspace(const SsdBwdArgs& a) {
       take(a.blocks > 1 ? int64_t(a.blocks) * a.groups * a.b * a.tiles * kTile * 2 * n * sizeof(float) : 0);
   at.partial_h = take(int64_t(a.parts) * a.h * kHeadSums * sizeof(double));
   at.arrived = take(a.h * sizeof(int));
+  if (a.segments > 1) {
+    at.flags = take((1 + a.ends_count()) * sizeof(int));
+    at.ends = take(a.ends_count() * kTile * n * sizeof(float));
+    at.decays = take(a.ends_count() * sizeof(float));
+  }
   return at;
 }
 
@@ -191,7 +203,6 @@ const char* launch(const SsdBwdMaps& maps, const SsdBwdArgs& a, cudaStream_t str
   const auto chunks = a.starts ? ssd_bwd_chunks<T, kN, true> : ssd_bwd_chunks<T, kN, false>;
   if (const char* error = allow_shared(states, kStatesBytes)) return error;
   if (const char* error = allow_shared(chunks, kChunksBytes)) return error;
-  const int64_t chains = 2 * ceil_div(a.sharing, kStateHeads) * a.groups * a.b;
   const int64_t items = int64_t(a.tiles) * a.b * a.blocks * a.groups;
   const int64_t step_blocks = ceil_div(a.h, kStepHeads) * a.chunks * a.b;
   const int64_t sum_blocks = ceil_div(a.h, kReduceHeads) * a.parts,
@@ -200,7 +211,7 @@ const char* launch(const SsdBwdMaps& maps, const SsdBwdArgs& a, cudaStream_t str
   const auto steps = wide_steps ? ssd_bwd_steps<float> : ssd_bwd_steps<T>;
   const auto reduce = wide_steps ? ssd_bwd_reduce<T, float> : ssd_bwd_reduce<T, T>;
   steps<<<unsigned(step_blocks), 32 * kStepWarps, 0, stream>>>(a);
-  states<<<unsigned(chains), kStateThreads, kStatesBytes, stream>>>(maps, a);
+  states<<<a.chains * a.segments, kStateThreads, kStatesBytes, stream>>>(maps, a);
   chunks<<<unsigned(std::min<int64_t>(items, kSms)), kChunkThreads, kChunksBytes, stream>>>(maps, a);
   reduce<<<unsigned(sum_blocks + factor_blocks), kReduceThreads, 0, stream>>>(a);
   return launch_error();
@@ -260,6 +271,10 @@ const char* ssd_bwd_hopper(const SsdBwd& p, const Sequences& seqs, int64_t, void
   a.partial_BC = reinterpret_cast<float*>(base + at.partial_BC);
   a.partial_h = reinterpret_cast<double*>(base + at.partial_h);
   a.arrived = reinterpret_cast<int*>(base + at.arrived);
+  a.ticket = reinterpret_cast<int*>(base + at.flags);
+  a.flags = a.ticket + 1;
+  a.ends = reinterpret_cast<float*>(base + at.ends);
+  a.decays = reinterpret_cast<float*>(base + at.decays);
   const cudaStream_t stream = static_cast<cudaStream_t>(cuda_stream);
   const bool is_bf16 = p.fwd.x.dtype == DType::bf16;
   if (p.fwd.dims.n == 128)

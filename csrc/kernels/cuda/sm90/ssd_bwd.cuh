@@ -1,8 +1,8 @@
 // What the launches of the Hopper SSD backward share: parameters, workspace, work on fragments. See
 // ssd_bwd.cu.
 #pragma once
-#include "kernels/cuda/sm90/ptx.cuh"
 #include "kernels/cuda/sequences.cuh"
+#include "kernels/cuda/sm90/ptx.cuh"
 #include "kernels/cuda/ssd_steps.cuh"
 
 namespace mamba_ops::gpu::sm90 {
@@ -28,23 +28,29 @@ struct SsdBwdArgs {
   SsdBwd p;
   Sequences seqs;
   int b, l, h, groups;
-  int tiles, chunks;  // of a row
-  int sharing;        // heads of a group
-  int heads, blocks;  // of a block of heads; blocks of a group
-  int parts;          // of the last launch's sums over the tokens of a head
+  int tiles, chunks;     // of a row
+  int sharing;           // heads of a group
+  int heads, blocks;     // of a block of heads; blocks of a group
+  int parts;             // of the last launch's sums over the tokens of a head
+  int chains, segments;  // of the states; segments of a chain
   // Workspace; (b h): row * h + head.
   uint64_t* starts;  // (b, 2 chunks) of 64 tokens: the tokens at which runs begin; null: rows are one run
   uint8_t* states;   // (b h, chunks, H and G, n / 64, 64, 64) as wgmma reads them
-  float* steps;     // (b h, chunks, delta and s, 128): s as in ssd_steps.cuh, over the chunk
-  float* sums;      // (b h, tiles, kSums, 64)
-  float* anchors;   // (b h, chunks, 4): v of each warp
-  float* D;         // (h, 64); null without D
-  float* skips;     // of each warp, its sum of dy o x: (b h, tiles, 4), of D per channel (b h, tiles, 4, 64)
+  float* steps;      // (b h, chunks, delta and s, 128): s as in ssd_steps.cuh, over the chunk
+  float* sums;       // (b h, tiles, kSums, 64)
+  float* anchors;    // (b h, chunks, 4): v of each warp
+  float* D;          // (h, 64); null without D
+  float* skips;      // of each warp, its sum of dy o x: (b h, tiles, 4), of D per channel (b h, tiles, 4, 64)
   float* partial_BC;  // (blocks g, b, tiles * 64, dB and dC, n); unused where there is one block
   double* partial_h;  // (parts, h, 2 + 64): dA, ddt_bias, dD per channel
   int* arrived;       // (h): parts that are done
+  int* ticket;        // blocks of the states that run; then flags
+  int* flags;         // (segments, chains, 2 heads): the segment's end is there
+  float* ends;        // (segments, chains, 2, 64 n): states walked from nothing, and the decays; unused where
+  float* decays;      // there is one segment
 
   __device__ int64_t row_head(int row, int head) const { return int64_t(row) * h + head; }
+  __host__ __device__ int64_t ends_count() const { return int64_t(segments) * chains * 2; }
   __device__ uint64_t starts_of(int row, int tile) const {
     return starts ? starts[int64_t(row) * 2 * chunks + tile] : 0;
   }

@@ -89,9 +89,9 @@ struct Ring {
 // Where runs begin in the chunk of a tile, and so what its decays reach. Unpacked: nowhere, everything.
 template <bool kPacked>
 struct ChunkRuns {
-  uint64_t own = 0;                          // starts of the tile itself
-  int first = kChunk, last = -1;             // starts of the chunk
-  int first_right = kTile, last_left = -1;   // the first start of half 1, the last of half 0, in tokens of it
+  uint64_t own = 0;                         // starts of the tile itself
+  int first = kChunk, last = -1;            // starts of the chunk
+  int first_right = kTile, last_left = -1;  // the first start of half 1, the last of half 0, in tokens of it
 
   __device__ ChunkRuns(const SsdBwdArgs& a, const ChunkItem& item) {
     if constexpr (kPacked) {

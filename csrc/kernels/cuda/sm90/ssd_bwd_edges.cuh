@@ -100,8 +100,7 @@ __device__ void walk_edges(const SsdBwdMaps& maps, const SsdBwdArgs& a, uint8_t*
       load_fragments(right, base + stage + Shared::kX, w);
 #pragma unroll
       for (int r = 0; r < 2; ++r)
-        weight[r] =
-            runs.leaves(mine + 8 * r) ? exp2_of(end - s_row[r]) * steps.delta[mine + 8 * r] : 0.f;
+        weight[r] = runs.leaves(mine + 8 * r) ? exp2_of(end - s_row[r]) * steps.delta[mine + 8 * r] : 0.f;
       scale_rows<T>(right, weight);
       wgmma_fence();
       add_product<T>(dB, right, G);

@@ -7,8 +7,8 @@ namespace mamba_ops::gpu::sm90 {
 enum class Square { own, other_i, other_j };
 
 // One square of one head, from D, whose rows are the own tokens. cb: CB, this thread's; s_row, delta_row: of
-// the thread's rows, length: of their runs from there on; s, delta: of the columns. Adds delta D o L to dcb, W
-// to the sums of rows and, for the own pairs, of columns, their D_ii to skip; p: P.
+// the thread's rows, length: of their runs from there on; s, delta: of the columns. Adds delta D o L to dcb,
+// W to the sums of rows and, for the own pairs, of columns, their D_ii to skip; p: P.
 template <class T, Square kSquare, bool kPacked>
 __device__ inline void add_pairs(const float (&d)[32], const float4* cb, float (&dcb)[32], const float* s,
                                  const float* delta, float edge, const float (&s_row)[2],

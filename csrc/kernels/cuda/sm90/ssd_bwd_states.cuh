@@ -10,9 +10,13 @@
 // weights for itself: no barrier but those of the stages. The first thread loads the next tile before it
 // takes one. Where runs begin in a tile, what lies on their other side has no weight, and the state ends.
 //
+// Few chains over long rows are cut into segments, a block each: it walks its segment from nothing, hands
+// over what comes out and the decay, then adds up what the segments before handed over and walks again.
+//
 // Shared memory (n = 128; twice on an SM): 2 stages of B or C 16 KiB, two tiles of tokens 16 KiB and their
 // steps 2 KiB; the stored images 2 x 16 KiB, weights 2 KiB.
 #pragma once
+#include "kernels/cuda/sm90/hand_over.cuh"
 #include "kernels/cuda/sm90/ssd_bwd.cuh"
 
 namespace mamba_ops::gpu::sm90 {
@@ -30,23 +34,40 @@ struct StatesShared {
   static constexpr int kBytes = kBarriers + 2 * kStateStages * 8 + 1024;
 };
 
-// The blocks: direction fastest, then pairs of heads, groups, rows.
+// A segment of a chain. The blocks: direction fastest, then pairs of heads, groups, rows, segments.
 struct Chain {
   bool reverse;
-  int row, head, heads;
+  int row, head, heads, number, segment;
+  int begin, count;  // tiles, in the order of the walk
+  int entry;         // steps of a first walk from nothing: none, or count
 
-  __device__ Chain(const SsdBwdArgs& a, int64_t block) {
+  __device__ Chain(const SsdBwdArgs& a, int block) {
     const int pairs = (a.sharing + kStateHeads - 1) / kStateHeads;
-    reverse = block % 2;
-    const int pair = int(block / 2 % pairs), group = int(block / 2 / pairs % a.groups);
-    row = int(block / 2 / pairs / a.groups);
+    segment = block / a.chains;
+    number = block % a.chains;
+    reverse = number % 2;
+    const int pair = number / 2 % pairs, group = number / 2 / pairs % a.groups;
+    row = number / 2 / pairs / a.groups;
     head = group * a.sharing + pair * kStateHeads;
     heads = min(kStateHeads, a.sharing - pair * kStateHeads);
+    const auto first = [&](int segment) { return int(int64_t(a.tiles) * segment / a.segments); };
+    begin = first(segment);
+    count = first(segment + 1) - begin;
+    entry = is_last(a) ? 0 : count;
   }
-  __device__ int tile(const SsdBwdArgs& a, int i) const { return reverse ? a.tiles - 1 - i : i; }
+  __device__ bool is_last(const SsdBwdArgs& a) const { return segment == a.segments - 1; }
+  // Of step i.
+  __device__ int tile(const SsdBwdArgs& a, int i) const {
+    const int at = begin + (i < count ? i : i - count);
+    return reverse ? a.tiles - 1 - at : at;
+  }
+  // What a head hands over after a segment.
+  __device__ int64_t end(const SsdBwdArgs& a, int segment, int local) const {
+    return (int64_t(segment) * a.chains + number) * kStateHeads + local;
+  }
 };
 
-// Tile number i of the walk, once all warps are done with the last one in its stage.
+// The tile of step i, once all warps are done with the last one in its stage.
 template <int kN>
 __device__ inline void load_tile(const SsdBwdMaps& maps, const SsdBwdArgs& a, const Chain& chain, int i,
                                  uint32_t base) {
@@ -83,6 +104,21 @@ __device__ inline void store_state(float* to, const float (&state)[kN / 2], int 
     *reinterpret_cast<float2*>(to + i % 2 * 8 * kN + i / 2 * 8) = {state[2 * i], state[2 * i + 1]};
 }
 
+// What enters a segment: what enters the row, through all segments before.
+template <int kN>
+__device__ inline void enter_segment(float (&state)[kN / 2], const SsdBwdArgs& a, const Chain& chain,
+                                     int local, int64_t row_head, int w, int lane) {
+#pragma unroll
+  for (float& v : state) v = 0;
+  if (const void* first = chain.reverse ? a.p.dstates_out : a.p.fwd.states_in)
+    load_state<kN>(state, static_cast<const float*>(first) + row_head * kTile * kN, w, lane);
+  for (int segment = 0; segment < chain.segment; ++segment) {
+    const int64_t end = chain.end(a, segment, local);
+    wait_for_flag(a.flags + end, 1 + local);
+    add_fragment(state, __ldcg(a.decays + end), a.ends + end * kTile * kN);
+  }
+}
+
 template <class T, int kN>
 __device__ void walk_states(const SsdBwdMaps& maps, const SsdBwdArgs& a, const Chain& chain, uint8_t* shared,
                             uint32_t base) {
@@ -98,18 +134,26 @@ __device__ void walk_states(const SsdBwdMaps& maps, const SsdBwdArgs& a, const C
   // Turned fragments of the tokens: matrices (tokens + 0, p + 0), (+ 0, + 8), (+ 8, + 0), (+ 8, + 8).
   const int turned = (lane / 16 * 8 + lane % 8) * 128 + ((2 * w + lane / 8 % 2 ^ lane % 8) << 4);
 
-  float state[kN / 2];
+  float state[kN / 2], through = 1;  // through: the decay of the segment
 #pragma unroll
-  for (int i = 0; i < kN / 2; ++i) state[i] = 0;
-  if (const void* first = reverse ? a.p.dstates_out : a.p.fwd.states_in)
-    load_state<kN>(state, static_cast<const float*>(first) + row_head * kTile * kN, w, lane);
+  for (float& v : state) v = 0;
   if (threadIdx.x == 0) load_tile<kN>(maps, a, chain, 0, base);
   uint64_t next_starts = a.starts_of(chain.row, chain.tile(a, 0));
-  for (int i = 0; i < a.tiles; ++i) {
-    if (threadIdx.x == 0 && i + 1 < a.tiles) load_tile<kN>(maps, a, chain, i + 1, base);
+  const int steps = chain.entry + chain.count;
+  for (int i = 0; i < steps; ++i) {
+    if (threadIdx.x == 0 && i + 1 < steps) load_tile<kN>(maps, a, chain, i + 1, base);
     __syncwarp();
+    if (i == chain.entry) {
+      if (i > 0) {
+        const int64_t end = chain.end(a, chain.segment, local);
+        store_fragment(a.ends + end * kTile * kN, state);
+        if (threadIdx.x % kWarpgroup == 0) a.decays[end] = through;
+        raise_flag(a.flags + end, 1 + local);
+      }
+      enter_segment<kN>(state, a, chain, local, row_head, w, lane);
+    }
     const int tile = chain.tile(a, i), stage = i % kStateStages;
-    if (reverse ? tile % 2 == 1 || i == 0 : tile % 2 == 0) {
+    if (i >= chain.entry && (reverse ? tile % 2 == 1 || tile == a.tiles - 1 : tile % 2 == 0)) {
       if (lane == 0) wait_stores_read<0>();
       __syncwarp();
 #pragma unroll
@@ -129,7 +173,7 @@ __device__ void walk_states(const SsdBwdMaps& maps, const SsdBwdArgs& a, const C
     }
 
     const uint64_t starts = next_starts;
-    if (i + 1 < a.tiles) next_starts = a.starts_of(chain.row, chain.tile(a, i + 1));
+    if (i + 1 < steps) next_starts = a.starts_of(chain.row, chain.tile(a, i + 1));
     const uint32_t factor = base + stage * Shared::kStage;
     const uint32_t tokens = factor + Shared::kTokens + local * kTileBytes + turned;
     const float* delta = reinterpret_cast<const float*>(shared + stage * Shared::kStage + Shared::kSteps +
@@ -150,6 +194,7 @@ __device__ void walk_states(const SsdBwdMaps& maps, const SsdBwdArgs& a, const C
       decay = 0;
     }
     *reinterpret_cast<float2*>(weights + 2 * lane) = weight;
+    through *= decay;
 #pragma unroll
     for (int k = 0; k < kN / 2; ++k) state[k] *= decay;
     __syncwarp();
@@ -170,9 +215,9 @@ __device__ void walk_states(const SsdBwdMaps& maps, const SsdBwdArgs& a, const C
     for (int k = 0; k < 4; ++k) wgmma<T, true>(state, left[k], mn_major_step(right, k), true);
     wgmma_commit();
     wgmma_wait<0>();
-    if (lane == 0) arrive(empty + 8 * stage);
+    arrive(empty + 8 * stage);
   }
-  if (reverse && a.p.dstates_in)
+  if (reverse && a.p.dstates_in && chain.is_last(a))
     store_state<kN>(static_cast<float*>(a.p.dstates_in) + row_head * kTile * kN, state, w, lane);
   if (lane == 0) wait_stores<0>();
 }
@@ -185,11 +230,14 @@ __global__ void __launch_bounds__(kStateThreads, 2)
   uint8_t* shared = raw_shared + (-shared_address(raw_shared) & 1023);
   const uint32_t base = shared_address(shared);
   const uint32_t full = base + Shared::kBarriers, empty = full + 8 * kStateStages;
-  const Chain chain(a, blockIdx.x);
+  __shared__ int ticket;
+  if (threadIdx.x == 0) ticket = a.segments > 1 ? atomicAdd(a.ticket, 1) : int(blockIdx.x);
+  __syncthreads();
+  const Chain chain(a, ticket);
   if (threadIdx.x == 0) {
     for (int i = 0; i < kStateStages; ++i) {
       barrier_init(full + 8 * i, 1);
-      barrier_init(empty + 8 * i, 4 * chain.heads);
+      barrier_init(empty + 8 * i, kWarpgroup * chain.heads);
     }
     barriers_ready();
   }

@@ -14,17 +14,21 @@
 // Shared memory (n = 128: 222 KiB): 3 stages (n = 64: 4) of B, C and the pair's X; P for 2 chunks; 2 tiles of
 // z and y per slab, the gate works in place; the factors of 4 chunks.
 //
-// Hand-over. Where a chain is cut between two blocks, the later part waits for a flag of the block before.
-// Blocks number themselves by a ticket when they start, so that the block waited for runs already; it makes
-// the state that it hands over first, before it waits for anything. So every wait ends, however few blocks
-// fit on the GPU at once, and in any order. Ticket and flags are cleared by a memset in front of the kernel:
-// a replayed graph clears them too. No sum depends on the order of blocks: bitwise repeatable.
+// Hand-over (hand_over.cuh). Where a chain is cut between two blocks, the later part waits for a flag of the
+// block before, which makes the state that it hands over first, before it waits for anything. Ticket and
+// flags are cleared by a memset in front of the kernel: a replayed graph clears them too. No sum depends on
+// the order of blocks: bitwise repeatable.
 //
-// Bound (b4 l4096 h80 p64 n128 g1 bf16, H100 80 GB, SMs at 1.7 GHz): 0.161 ms; its bytes take 0.116 ms at the
-// 3.0 TB/s that this card copies with. ncu: L2 74 %, DRAM 67 % of the datasheet's rate, shared memory and L1
-// 65 %; by count of cycles tensor cores 44 %, issue slots 36 %. No unit is full: what is left is
-// waiting, the slabs for P (12 % of their samples), steps (9 %), X (7 %), B and C (6 %), the helpers for B
-// and C (25 %).
+// Threads that hand over what they stored themselves arrive at the barriers one by one, not one for its warp:
+// the compiler drops __syncwarp() where a warp is whole, and racecheck sees no other order among its threads.
+//
+// Bound (b4 l4096 h80 p64 n128 g1 bf16, H100 80 GB that copies 2.97 TB/s, SMs at 1.7 GHz): 0.160 ms, n = 64
+// 0.144. The same tiles of x and y copied in the same order, and nothing else: 0.124 ms. With x and y in the
+// L2 cache (strides that overlap): 0.130 and 0.107, so below the memory lies the chain of a chunk, helpers to
+// slabs. ncu: L2 67 %, DRAM 65 % of the datasheet's rate, shared memory and L1 58 %; by count of cycles
+// tensor cores 44 %, issue slots 37 %. Of the samples the slabs wait for P in 12 %, steps 12 %, X 8 %, B and
+// C 4 %; the helpers for their warps 0, 1 (steps) in 21 %, B and C 10 %. No gain: loads and stores that L2
+// drops first; P of both slabs at once where n = 64 leaves the registers (0.119 instead of 0.107 from L2).
 #include <algorithm>
 
 #include "kernels/cuda/sm90/ssd_fwd_ends.cuh"
@@ -38,7 +42,7 @@ namespace gpu::sm90::forward {
 
 namespace {
 
-template <class T, int kN, bool kPacked>
+template <class T, class Dt, int kN, bool kPacked>
 __global__ void __launch_bounds__(512, 1)
     ssd_fwd_chunks(const __grid_constant__ Maps maps, const __grid_constant__ FwdArgs args) {
   extern __shared__ uint8_t memory[];
@@ -55,10 +59,10 @@ __global__ void __launch_bounds__(512, 1)
   const int warpgroup = __shfl_sync(kAllLanes, threadIdx.x / 128, 0);
   const BlockPieces pieces(args.plan, ticket);
   if (warpgroup >= 2) {
-    give_registers<80>();
-    help<T, kN, kPacked>(maps, args, pieces, shared, warpgroup - 2);
+    give_registers<kN == 64 ? 104 : 80>();
+    help<T, Dt, kN, kPacked>(maps, args, pieces, shared, warpgroup - 2);
   } else {
-    take_registers<176>();
+    take_registers<kN == 64 ? 152 : 176>();
     scan_slab<T, kN>(maps, args, pieces, shared, ticket, warpgroup);
   }
 }
@@ -157,7 +161,7 @@ TokenMap group_map(const SsdDims& dims, const View& v, int64_t groups) {
            {}}};
 }
 
-template <class T, int kN, bool kPacked>
+template <class T, class Dt, int kN, bool kPacked>
 const char* launch(const Maps& maps, const FwdArgs& args, cudaStream_t stream) {
   const auto with_shared = [](auto* kernel, int bytes) {
     return cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
@@ -166,15 +170,15 @@ const char* launch(const Maps& maps, const FwdArgs& args, cudaStream_t stream) {
   cudaError_t error = cudaSuccess;
   if (plan.segments > 1) {
     constexpr int kBytes = EndsShared<kN>::kBytes;
-    error = with_shared(ssd_fwd_ends<T, kN, kPacked>, kBytes);
+    error = with_shared(ssd_fwd_ends<T, Dt, kN, kPacked>, kBytes);
     if (error == cudaSuccess)
-      ssd_fwd_ends<T, kN, kPacked><<<plan.chains * plan.ends(), 384, kBytes, stream>>>(maps, args);
+      ssd_fwd_ends<T, Dt, kN, kPacked><<<plan.chains * plan.ends(), 384, kBytes, stream>>>(maps, args);
   }
   if (plan.hands_over()) error = cudaMemsetAsync(args.ticket, 0, (1 + 2 * plan.blocks) * sizeof(int), stream);
   constexpr int kBytes = Shared<kN>::kBytes;
-  if (error == cudaSuccess) error = with_shared(ssd_fwd_chunks<T, kN, kPacked>, kBytes);
+  if (error == cudaSuccess) error = with_shared(ssd_fwd_chunks<T, Dt, kN, kPacked>, kBytes);
   if (error != cudaSuccess) return cudaGetErrorString(error);
-  ssd_fwd_chunks<T, kN, kPacked><<<plan.blocks, 512, kBytes, stream>>>(maps, args);
+  ssd_fwd_chunks<T, Dt, kN, kPacked><<<plan.blocks, 512, kBytes, stream>>>(maps, args);
   return launch_error();
 }
 
@@ -227,13 +231,18 @@ const char* ssd_fwd_hopper(const SsdFwd& p, const Sequences& seqs, int64_t, void
   make(maps.B, p.B, group_map(dims, p.B, dims.groups_B), 4);
   make(maps.C, p.C, group_map(dims, p.C, dims.groups_C), 4);
   if (error) return error;
-  const auto go = [&]<class T, int kN>() {
-    const cudaStream_t stream = static_cast<cudaStream_t>(cuda_stream);
-    return seqs.id.data ? launch<T, kN, true>(maps, args, stream) : launch<T, kN, false>(maps, args, stream);
+  const cudaStream_t stream = static_cast<cudaStream_t>(cuda_stream);
+  const auto go = [&]<class T, class Dt>() {
+    const auto sized = [&]<int kN>() {
+      return seqs.id.data ? launch<T, Dt, kN, true>(maps, args, stream)
+                          : launch<T, Dt, kN, false>(maps, args, stream);
+    };
+    return padded_n(dims) == 64 ? sized.template operator()<64>() : sized.template operator()<128>();
   };
+  const bool wide_steps = p.dt.dtype == DType::f32;
   if (p.x.dtype == DType::bf16)
-    return padded_n(dims) == 64 ? go.operator()<bf16, 64>() : go.operator()<bf16, 128>();
-  return padded_n(dims) == 64 ? go.operator()<f16, 64>() : go.operator()<f16, 128>();
+    return wide_steps ? go.operator()<bf16, float>() : go.operator()<bf16, bf16>();
+  return wide_steps ? go.operator()<f16, float>() : go.operator()<f16, f16>();
 }
 
 }  // namespace mamba_ops

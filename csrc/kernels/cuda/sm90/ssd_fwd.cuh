@@ -4,6 +4,7 @@
 // A slab is 64 channels of a head (p < 64: the rest is zero); two slabs that share B and C are a pair, a pair
 // in one batch row is a chain of chunks of kQ tokens. A pair of one slab computes the other for nothing.
 #pragma once
+#include "kernels/cuda/sm90/hand_over.cuh"
 #include "kernels/cuda/sm90/ptx.cuh"
 #include "kernels/cuda/ssd_steps.cuh"
 #include "kernels/ssd.h"
@@ -12,7 +13,7 @@ namespace mamba_ops::gpu::sm90::forward {
 
 constexpr int kQ = 64;
 constexpr int kTile = kQ * 128;  // bytes of 64 x 64 values
-constexpr float kLog2E = float(kLog2e);
+constexpr float kLog2E = float(kLog2e), kLn2 = float(1 / kLog2e);
 
 // How chains are dealt to blocks. Block i of `blocks` owns chunks [total i / blocks, total (i + 1) / blocks)
 // of all chains in a row.
@@ -170,7 +171,7 @@ __device__ inline float softplus_fast(float v) {
   const float e = exp2_of(v * kLog2E);
   asm volatile("lg2.approx.ftz.f32 %0, %1;" : "=f"(log2) : "f"(1 + e));
   const float series = e * (1 - e * (0.5f - e * (0.333333333f - e * 0.25f)));
-  const float log = e < 0.03f ? series : log2 / kLog2E;
+  const float log = e < 0.03f ? series : log2 * kLn2;
   return v > 20 ? v : log;
 }
 
@@ -186,39 +187,28 @@ struct HeadRates {
   }
 };
 
-// Two tokens a lane, read one chunk before they are needed. A register for each width: a load may not wait
-// for another one into its register.
+// Two tokens a lane, read one chunk before they are needed; beyond the row nothing is read.
+template <class Dt>
 struct StepReader {
-  const char* at;
-  uint32_t wide[2], narrow[2];
+  int lane;
+  const Dt* at;
+  Dt raw[2];
 
   __device__ void aim(const FwdArgs& args, int row, int head, int chunk) {
     const View& dt = args.dt;
-    const int64_t token = int64_t(chunk) * kQ + threadIdx.x % 32 * 2;
-    at = static_cast<const char*>(dt.data) +
-         (row * dt.stride[0] + token * dt.stride[1] + head * dt.stride[2]) * size(args);
+    const int64_t token = int64_t(chunk) * kQ + 2 * lane;
+    at = static_cast<const Dt*>(dt.data) + row * dt.stride[0] + token * dt.stride[1] + head * dt.stride[2];
   }
-  __device__ void skip(const FwdArgs& args, int chunks) {
-    at += args.dt.stride[1] * (size(args) * kQ * chunks);
-  }
+  __device__ void skip(const FwdArgs& args, int chunks) { at += args.dt.stride[1] * (kQ * chunks); }
   __device__ void read(const FwdArgs& args, int chunk) {
-    const int last = args.l - 1 - chunk * kQ - int(threadIdx.x % 32 * 2);  // the row's last token, from `at`
-    const int64_t stride = args.dt.stride[1];
-#pragma unroll
-    for (int k = 0; k < 2; ++k)
-      if (args.dt.dtype == DType::f32)
-        wide[k] = reinterpret_cast<const uint32_t*>(at)[min(k, last) * stride];
-      else
-        narrow[k] = reinterpret_cast<const uint16_t*>(at)[min(k, last) * stride];
+    const int left = args.l - chunk * kQ - 2 * lane;  // tokens of the row, from `at` on
+    if (left > 0) raw[0] = at[0];
+    if (left > 1) raw[1] = at[args.dt.stride[1]];
   }
   // What was read, through bias, softplus and limits.
   __device__ void steps(const FwdArgs& args, float bias, float (&v)[2]) const {
 #pragma unroll
-    for (int k = 0; k < 2; ++k) {
-      const float half = to_real(f16{uint16_t(narrow[k])});
-      v[k] = __uint_as_float(args.dt.dtype == DType::f32 ? wide[k] : narrow[k] << 16);
-      v[k] = (args.dt.dtype == DType::f16 ? half : v[k]) + bias;
-    }
+    for (int k = 0; k < 2; ++k) v[k] = to_real(raw[k]) + bias;
     if (args.softplus)
 #pragma unroll
       for (int k = 0; k < 2; ++k) v[k] = softplus_fast(v[k]);
@@ -228,27 +218,27 @@ struct StepReader {
       v[k] = v[k] > args.dt_max ? args.dt_max : v[k];
     }
   }
-
- private:
-  __device__ static int size(const FwdArgs& args) { return args.dt.dtype == DType::f32 ? 4 : 2; }
 };
 
 // Tokens 2 lane and 2 lane + 1 of a chunk, over a warp. kPacked: runs may begin within the row.
 template <bool kPacked>
 struct LaneSteps {
+  int lane;
   float dt[2];
   float s[2];    // cumsum of dt A in the chunk, in powers of two
   float total;   // s of the last token
   int start[2];  // the last token at or before this one at which a run begins; -1: none in this chunk
   int last_start;
 
-  __device__ LaneSteps(const FwdArgs& args, const StepReader& reader, const HeadRates& head, int chain,
+  template <class Dt>
+  __device__ LaneSteps(const FwdArgs& args, const StepReader<Dt>& reader, const HeadRates& head, int chain,
                        int chunk) {
-    const int first = chunk * kQ + threadIdx.x % 32 * 2;
+    lane = reader.lane;
+    const int first = chunk * kQ + 2 * lane;
     reader.steps(args, head.bias, dt);
 #pragma unroll
     for (int k = 0; k < 2; ++k) dt[k] = first + k < args.l ? dt[k] : 0.f;
-    const float a = dt[0] * head.A, both = a + dt[1] * head.A, sum = inclusive_sum(both);
+    const float a = dt[0] * head.A, both = a + dt[1] * head.A, sum = inclusive_sum(both, lane);
     s[0] = sum - both + a;
     s[1] = sum;
     total = __shfl_sync(kAllLanes, sum, 31);
@@ -262,14 +252,13 @@ struct LaneSteps {
 #pragma unroll
     for (int k = 0; k < 2; ++k) {
       w[k] = exp2_of(total - s[k]) * dt[k] * factor;
-      if (kPacked && last_start > int(threadIdx.x % 32 * 2) + k) w[k] = 0.f;
+      if (kPacked && last_start > 2 * lane + k) w[k] = 0.f;
     }
     return pack<T>(w[0], w[1]);
   }
 
  private:
   __device__ void find_starts(const FwdArgs& args, int row, int first) {
-    const int lane = threadIdx.x % 32;
     if (is_invalid(args.seqs)) dt[0] = dt[1] = __int_as_float(0x7fc00000);
     bool begin[2];
 #pragma unroll
@@ -294,26 +283,24 @@ __device__ inline float channel_D(const FwdArgs& args, int head, int p) {
 
 // Tiles (64 tokens, 64 channels) of x, z, y and fragments of their transpose: the 16 channels of a warp are
 // rows, word r of step k the pair of tokens 16 k + 8 (r / 2) + 2 t, + 1 at row g + 8 (r % 2). Where a lane's
-// row for ldmatrix, stmatrix lies, before 2048 k.
-__device__ inline uint32_t turned_row(uint32_t tile) {
+// row for ldmatrix, stmatrix lies from the tile on, before 2048 k.
+__device__ inline uint32_t turned_row() {
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32 % 4;
-  return tile + (lane / 16 * 8 + lane % 8) * 128 + ((2 * warp + lane / 8 % 2) ^ lane % 8) * 16;
+  return (lane / 16 * 8 + lane % 8) * 128 + ((2 * warp + lane / 8 % 2) ^ lane % 8) * 16;
 }
-__device__ inline void turn(uint32_t (&a)[4][4], uint32_t x) {
-  const uint32_t row = turned_row(x);
+__device__ inline void turn(uint32_t (&a)[4][4], uint32_t row) {
 #pragma unroll
   for (int k = 0; k < 4; ++k) ldmatrix<true>(a[k], row + 2048 * k);
 }
-// The same of (X o w)^T.
+// Makes (X o w)^T of X^T; t = lane % 4.
 template <class T>
-__device__ inline void weigh(uint32_t (&a)[4][4], uint32_t x, const uint32_t* weights) {
+__device__ inline void weigh(uint32_t (&a)[4][4], const uint32_t* weights, int t) {
   uint32_t w[8];
 #pragma unroll
   for (int k = 0; k < 2; ++k) {
-    const uint4 four = reinterpret_cast<const uint4*>(weights)[threadIdx.x % 4 * 2 + k];
+    const uint4 four = reinterpret_cast<const uint4*>(weights)[2 * t + k];
     w[4 * k] = four.x, w[4 * k + 1] = four.y, w[4 * k + 2] = four.z, w[4 * k + 3] = four.w;
   }
-  turn(a, x);
 #pragma unroll
   for (int k = 0; k < 4; ++k)
 #pragma unroll
@@ -321,27 +308,6 @@ __device__ inline void weigh(uint32_t (&a)[4][4], uint32_t x, const uint32_t* we
 }
 
 // ---- states in fragments
-
-// In shared order, a fragment after the other: what blocks exchange.
-template <int kSize>
-__device__ inline void store_fragment(float* to, const float (&H)[kSize]) {
-#pragma unroll
-  for (int k = 0; k < kSize / 4; ++k)
-    __stcg(reinterpret_cast<float4*>(to) + k * 128 + threadIdx.x % 128,
-           make_float4(H[4 * k], H[4 * k + 1], H[4 * k + 2], H[4 * k + 3]));
-}
-// H = decay H + what was stored.
-template <int kSize>
-__device__ inline void add_fragment(float (&H)[kSize], float decay, const float* from) {
-#pragma unroll
-  for (int k = 0; k < kSize / 4; ++k) {
-    const float4 v = __ldcg(reinterpret_cast<const float4*>(from) + k * 128 + threadIdx.x % 128);
-    H[4 * k] = H[4 * k] * decay + v.x;
-    H[4 * k + 1] = H[4 * k + 1] * decay + v.y;
-    H[4 * k + 2] = H[4 * k + 2] * decay + v.z;
-    H[4 * k + 3] = H[4 * k + 3] * decay + v.w;
-  }
-}
 
 // f(offset, H[i]) for the neighbours H[i], H[i + 1] at that offset of a slab's states (p, n).
 template <int kSize, class F>

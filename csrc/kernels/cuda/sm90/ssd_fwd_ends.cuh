@@ -35,7 +35,7 @@ struct EndsShared {
   __device__ uint32_t free(uint32_t stage) const { return full(stage) + 8; }
 };
 
-template <class T, int kN, bool kPacked>
+template <class T, class Dt, int kN, bool kPacked>
 __global__ void __launch_bounds__(384, 1)
     ssd_fwd_ends(const __grid_constant__ Maps maps, const __grid_constant__ FwdArgs args) {
   extern __shared__ uint8_t memory[];
@@ -43,8 +43,8 @@ __global__ void __launch_bounds__(384, 1)
   const Memory shared(memory);
   if (threadIdx.x == 0) {
     for (int i = 0; i < Memory::kStages; ++i) {
-      barrier_init(shared.full(i), 3);  // the loads, and the weights of two slabs
-      barrier_init(shared.free(i), 8);
+      barrier_init(shared.full(i), 1 + 64);  // the loads, and the weights of two slabs
+      barrier_init(shared.free(i), 256);
     }
     barriers_ready();
   }
@@ -58,7 +58,7 @@ __global__ void __launch_bounds__(384, 1)
   if (warpgroup == 2 && warp < 2) {
     const int head = pair.head_of(args, warp);
     const HeadRates rates(args, head);
-    StepReader reader{};
+    StepReader<Dt> reader{lane};
     reader.aim(args, pair.row, head, end - 1);
     reader.read(args, end - 1);
     float later = 1;  // decay from the end of the chunk to that of the part
@@ -69,8 +69,7 @@ __global__ void __launch_bounds__(384, 1)
       if (chunk > begin) reader.read(args, chunk - 1);
       wait_for(shared.free(stage), parity(i, kStages) ^ 1);
       shared.weights(stage, warp)[weight_at(lane)] = steps.template weights<T>(later);
-      __syncwarp();
-      if (lane == 0) arrive(shared.full(stage));
+      arrive(shared.full(stage));
       later *= steps.decay();
     }
     if (lane == 0) args.decays[blockIdx.x * 2 + warp] = later;
@@ -85,6 +84,7 @@ __global__ void __launch_bounds__(384, 1)
       tma_load(shared.X(stage, 0), maps.x, full, 0, chunk * kQ, pair.part, pair.head, pair.row);
     }
   } else if (warpgroup < 2) {
+    const uint32_t row = turned_row();
     float E[kN / 2];
 #pragma unroll
     for (float& v : E) v = 0;
@@ -92,15 +92,15 @@ __global__ void __launch_bounds__(384, 1)
       const int stage = int(i % kStages);
       uint32_t x[4][4];
       wait_for(shared.full(stage), parity(i, kStages));
-      weigh<T>(x, shared.X(stage, warpgroup), shared.weights(stage, warpgroup));
+      turn(x, shared.X(stage, warpgroup) + row);
+      weigh<T>(x, shared.weights(stage, warpgroup), lane % 4);
       wgmma_fence();
 #pragma unroll
       for (int k = 0; k < 4; ++k)
         wgmma<T, true>(E, x[k], mn_major_step(mn_major(shared.B(stage), kTile), k), true);
       wgmma_commit();
       wgmma_wait<0>();
-      __syncwarp();
-      if (lane == 0) arrive(shared.free(stage));
+      arrive(shared.free(stage));
     }
     store_fragment(args.ends + (int64_t(blockIdx.x) * 2 + warpgroup) * (64 * kN), E);
   }

@@ -23,7 +23,7 @@ struct Shared {
   static constexpr int kStage = 2 * kFactor + 2 * kTile;
   static constexpr int kP = kStages * kStage, kY = kP + 4 * kTile, kSteps = kY + 4 * kTile;
   static constexpr int kBarriers = kSteps + 8 * sizeof(Steps);
-  static constexpr int kHeads = kBarriers + (3 * kStages + 24) * 8;
+  static constexpr int kHeads = kBarriers + (2 * kStages + 24) * 8;
   static constexpr int kBytes = kHeads + 4 * sizeof(HeadRates) + 1024;  // 1024: to align
 
   uint8_t* bytes;
@@ -50,33 +50,35 @@ struct Shared {
   __device__ HeadRates& head(int helpers, int slab) const {
     return reinterpret_cast<HeadRates*>(bytes + kHeads)[helpers * 2 + slab];
   }
-  // Barriers of stages: B and C are there, X is there, all have read the stage.
+  // Barriers of stages: B and C are there, X is there.
   __device__ uint32_t has_BC(uint32_t stage) const { return barrier(stage); }
   __device__ uint32_t has_X(uint32_t stage) const { return barrier(kStages + stage); }
-  __device__ uint32_t free_stage(uint32_t stage) const { return barrier(2 * kStages + stage); }
-  // Barriers of chunks, of phase chunk / 4 % 2: steps, P are there; the slab's warpgroup is done.
-  __device__ uint32_t has_steps(uint32_t chunk) const { return barrier(3 * kStages + chunk % 4); }
+  // Barriers of chunks, of phase chunk / 4 % 2: steps, P are there; the slab's warpgroup is done, and so are
+  // the helpers, whose P it used: stage, steps and P are free.
+  __device__ uint32_t has_steps(uint32_t chunk) const { return barrier(2 * kStages + chunk % 4); }
   __device__ uint32_t has_P(uint32_t chunk, int slab) const {
-    return barrier(3 * kStages + 4 + chunk % 4 * 2 + slab);
+    return barrier(2 * kStages + 4 + chunk % 4 * 2 + slab);
   }
   __device__ uint32_t done(uint32_t chunk, int slab) const {
-    return barrier(3 * kStages + 12 + chunk % 4 * 2 + slab);
+    return barrier(2 * kStages + 12 + chunk % 4 * 2 + slab);
+  }
+  __device__ void wait_done(uint32_t chunk) const {
+    for (int slab = 0; slab < 2; ++slab) wait_for(done(chunk, slab), parity(chunk, 4));
   }
   // z is there: of phase chunk / 2 % 2.
   __device__ uint32_t has_z(uint32_t chunk, int slab) const {
-    return barrier(3 * kStages + 20 + chunk % 2 * 2 + slab);
+    return barrier(2 * kStages + 20 + chunk % 2 * 2 + slab);
   }
   __device__ void init_barriers() const {
     for (int i = 0; i < kStages; ++i) {
       barrier_init(has_BC(i), 1);
       barrier_init(has_X(i), 1);
-      barrier_init(free_stage(i), 12);  // warps: both slabs', and one set of helpers
     }
     for (int i = 0; i < 4; ++i) {
-      barrier_init(has_steps(i), 2);
+      barrier_init(has_steps(i), 64);
       for (int slab = 0; slab < 2; ++slab) {
         barrier_init(has_P(i, slab), 4);
-        barrier_init(done(i, slab), 4);
+        barrier_init(done(i, slab), 128);
       }
     }
     for (int i = 0; i < 4; ++i) barrier_init(has_z(i / 2, i % 2), 1);
@@ -89,7 +91,7 @@ struct Shared {
 
 template <bool kPacked>
 __device__ inline void write_steps(Steps& to, const LaneSteps<kPacked>& from, uint32_t weights, float D) {
-  const int lane = threadIdx.x % 32, block = lane / 8, first = 2 * lane;
+  const int lane = from.lane, block = lane / 8, first = 2 * lane;
   const auto pair = [](float* table, float low, float high) {
     *reinterpret_cast<float2*>(table) = make_float2(low, high);
   };
@@ -132,8 +134,8 @@ __device__ inline void write_steps(Steps& to, const LaneSteps<kPacked>& from, ui
 
 // Rows 16 kRow to 16 kRow + 15 of P from those of S = C B^T, up to the diagonal; what lies beyond stays zero.
 template <class T, bool kPacked, int kRow>
-__device__ inline void make_P(uint32_t P, const float (&S)[32], const Steps& steps) {
-  const int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
+__device__ inline void make_P(uint32_t P, const float (&S)[32], const Steps& steps, int lane) {
+  const int g = lane / 4, t = lane % 4;
   // Every factor first: a load from shared memory takes long beside the products.
   float2 column[2 * kRow + 1], s[2], dt[2];
   float row[2], s_row[2];
@@ -179,24 +181,24 @@ __device__ inline void make_P(uint32_t P, const float (&S)[32], const Steps& ste
 
 // What a warp of helpers does with its rows of S.
 template <class T, bool kPacked, int kRow, int kN>
-__device__ inline void write_P(const Shared<kN>& shared, const float (&S)[32], uint32_t i) {
+__device__ inline void write_P(const Shared<kN>& shared, const float (&S)[32], uint32_t i, int lane) {
 #pragma unroll 1
   for (int slab = 0; slab < 2; ++slab) {
     if (i >= 2) wait_for(shared.done(i - 2, slab), parity(i - 2, 4));
-    make_P<T, kPacked, kRow>(shared.P(i, slab), S, shared.steps(i, slab));
+    make_P<T, kPacked, kRow>(shared.P(i, slab), S, shared.steps(i, slab), lane);
     fence_async_proxy();
     __syncwarp();
-    if (threadIdx.x % 32 == 0) arrive(shared.has_P(i, slab));
+    if (lane == 0) arrive(shared.has_P(i, slab));
   }
 }
 
-// Loads chunk number i once its stage is free. By one thread.
+// Loads chunk number i of the block once its stage is free. By one thread.
 template <int kN>
 __device__ inline void load(const Maps& maps, const Shared<kN>& shared, uint32_t i, const Pair& pair,
                             int token) {
   using Memory = Shared<kN>;
   const uint32_t stage = i % Memory::kStages, has_BC = shared.has_BC(stage), has_X = shared.has_X(stage);
-  wait_for(shared.free_stage(stage), parity(i, Memory::kStages) ^ 1);
+  if (i >= Memory::kStages) shared.wait_done(i - Memory::kStages);
   arrive_and_expect(has_BC, 2 * Memory::kFactor);
 #pragma unroll
   for (int k = 0; k < kN / 64; ++k) {
@@ -208,13 +210,13 @@ __device__ inline void load(const Maps& maps, const Shared<kN>& shared, uint32_t
 }
 
 // The chunks of one parity: loads, steps, P.
-template <class T, int kN, bool kPacked>
+template <class T, class Dt, int kN, bool kPacked>
 __device__ void help(const Maps& maps, const FwdArgs& args, const BlockPieces& pieces,
                      const Shared<kN>& shared, int which) {
   constexpr int kStages = Shared<kN>::kStages;
-  const int lane = threadIdx.x % 32, warp = __shfl_sync(kAllLanes, threadIdx.x / 32 % 4, 0);
-  Pair pair(args, 0);   // warp 2: of the loads
-  StepReader reader{};  // warps 0, 1
+  const int lane = int(threadIdx.x % 32), warp = __shfl_sync(kAllLanes, threadIdx.x / 32 % 4, 0);
+  Pair pair(args, 0);                 // warp 2: of the loads
+  StepReader<Dt> reader{kept(lane)};  // warps 0, 1
   const auto aim = [&](const Walk& chunk) {
     if (!chunk.valid()) return;
     const Pair pair(args, chunk.chain);
@@ -241,8 +243,7 @@ __device__ void help(const Maps& maps, const FwdArgs& args, const BlockPieces& p
         aim(next);
       }
       write_steps(shared.steps(i, warp), steps, steps.template weights<T>(1.f), head.D);
-      __syncwarp();
-      if (lane == 0) arrive(shared.has_steps(i));
+      arrive(shared.has_steps(i));
     } else if (warp == 2) {
       if (at.piece != piece) [[unlikely]]
         pair = Pair(args, at.chain);
@@ -250,6 +251,7 @@ __device__ void help(const Maps& maps, const FwdArgs& args, const BlockPieces& p
       __syncwarp();
     }
     piece = at.piece;
+    sync_threads<128>(3 + which);  // all have read the steps of the chunk before
     const uint32_t stage = i % kStages;
     float S[32];
     wait_for(shared.has_BC(stage), parity(i, kStages));
@@ -261,15 +263,14 @@ __device__ void help(const Maps& maps, const FwdArgs& args, const BlockPieces& p
     wgmma_commit();
     wait_for(shared.has_steps(i), parity(i, 4));
     wgmma_wait<0>();
-    if (lane == 0) arrive(shared.free_stage(stage));
     if (warp == 0)
-      write_P<T, kPacked, 0>(shared, S, i);
+      write_P<T, kPacked, 0>(shared, S, i, lane);
     else if (warp == 1)
-      write_P<T, kPacked, 1>(shared, S, i);
+      write_P<T, kPacked, 1>(shared, S, i, lane);
     else if (warp == 2)
-      write_P<T, kPacked, 2>(shared, S, i);
+      write_P<T, kPacked, 2>(shared, S, i, lane);
     else
-      write_P<T, kPacked, 3>(shared, S, i);
+      write_P<T, kPacked, 3>(shared, S, i, lane);
   }
 }
 

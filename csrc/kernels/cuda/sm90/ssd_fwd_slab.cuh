@@ -25,16 +25,7 @@ __device__ inline void enter(float (&H)[kN / 2], const FwdArgs& args, const Chai
     });
   if (piece.begin == 0) return;
   if (plan.segments == 1) {
-    if (threadIdx.x % 128 == 0) {
-      int there;
-      do
-        asm volatile("ld.acquire.gpu.global.s32 %0, [%1];"
-                     : "=r"(there)
-                     : "l"(flag_of(args, index - 1, which))
-                     : "memory");
-      while (!there);
-    }
-    sync_threads<128>(1 + which);
+    wait_for_flag(flag_of(args, index - 1, which), 1 + which);
     add_fragment(H, 0.f, args.handed + ((index - 1) * 2 + which) * int64_t(64 * kN));
     return;
   }
@@ -57,18 +48,15 @@ __device__ inline void leave(float (&H)[kN / 2], const FwdArgs& args, const Chai
       });
   } else if (args.plan.segments == 1) {
     store_fragment(args.handed + (index * 2 + which) * int64_t(64 * kN), H);
-    __threadfence();
-    sync_threads<128>(1 + which);
-    if (threadIdx.x % 128 == 0)
-      asm volatile("st.release.gpu.global.s32 [%0], 1;" ::"l"(flag_of(args, index, which)) : "memory");
+    raise_flag(flag_of(args, index, which), 1 + which);
   }
 }
 
 // Y^T += D o X^T.
 template <class T>
-__device__ inline void add_skip(float (&Y)[32], uint32_t X, const float (&D)[2]) {
+__device__ inline void add_skip(float (&Y)[32], uint32_t X_row, const float (&D)[2]) {
   uint32_t x[4][4];
-  turn(x, X);
+  turn(x, X_row);
 #pragma unroll
   for (int k = 0; k < 16; ++k) {
     const float2 two = unpack<T>(x[k / 4][k % 4]);
@@ -82,8 +70,9 @@ template <class T, int kN>
 __device__ void scan_slab(const Maps& maps, const FwdArgs& args, const BlockPieces& pieces,
                           const Shared<kN>& shared, int index, int which) {
   constexpr int kStages = Shared<kN>::kStages;
-  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32 % 4, g = lane / 4, t = lane % 4;
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32 % 4, g = lane / 4, t = kept(lane % 4);
   const bool first_thread = threadIdx.x % 128 == 0;
+  const uint32_t row = kept(turned_row());
   uint32_t i = 0;
   for (int number = 0; number < pieces.count; ++number) {
     const ChainPiece piece = pieces[number];
@@ -128,9 +117,10 @@ __device__ void scan_slab(const Maps& maps, const FwdArgs& args, const BlockPiec
       for (int k = 0; k < kN / 16; ++k)
         wgmma<T, false>(Y, h + 4 * k, k_major_step(k_major(shared.C(stage)), k, kTile), k > 0);
       wgmma_commit();
-      if (chunk > piece.begin) store_y(chunk - 1, i - 1);
       wait_for(shared.has_X(stage), parity(i, kStages));
-      weigh<T>(x, shared.X(stage, which), steps.weight);
+      turn(x, shared.X(stage, which) + row);
+      if (chunk > piece.begin) store_y(chunk - 1, i - 1);
+      weigh<T>(x, steps.weight, t);
       wgmma_fence();
 #pragma unroll
       for (int k = 0; k < 4; ++k)
@@ -157,13 +147,9 @@ __device__ void scan_slab(const Maps& maps, const FwdArgs& args, const BlockPiec
       }
       wgmma_wait<0>();
       if (args.D_per_channel) [[unlikely]]
-        add_skip<T>(Y, shared.X(stage, which), D);
-      __syncwarp();
-      if (lane == 0) {
-        arrive(shared.free_stage(stage));
-        arrive(shared.done(i, which));
-      }
-      const uint32_t y = turned_row(shared.Y(i, which));
+        add_skip<T>(Y, shared.X(stage, which) + row, D);
+      arrive(shared.done(i, which));
+      const uint32_t y = shared.Y(i, which) + row;
       if (gated) {
         wait_for(shared.has_z(i, which), parity(i, 2));
 #pragma unroll
