@@ -430,6 +430,7 @@ def ssd_state_update(
     dt_limit: tuple[float, float] = (0.0, math.inf),
     *,
     state_indices: Tensor | None = None,
+    A_is_log: bool = False,
 ) -> Tensor:
     """``ssd`` of one or a few tokens from the state (s, h, p, n), which is updated in place.
 
@@ -441,6 +442,7 @@ def ssd_state_update(
     (tensor([[[2.]]]), tensor([[[[2.]]]]))
     """
     shape, rows = x.shape, _rows(state_indices, x)
+    A = -A.exp() if A_is_log else A
     if x.dim() == 3:
         x, dt, B, C = (m[:, None] for m in (x, dt, B, C))
         z = z if z is None else z[:, None]

@@ -121,6 +121,7 @@ def ssd_state_update(
     dt_limit: tuple[float, float] = (0.0, math.inf),
     *,
     state_indices: Tensor | None = None,
+    A_is_log: bool = False,
 ) -> Tensor:
     """`ssd` of one token or a few, continuing from `state`, which then holds the state after them.
 
@@ -139,6 +140,7 @@ def ssd_state_update(
         state_indices: (b) integers below s: the row of the state for each batch row. Negative: a padding row,
             whose y is zero and which touches no state. Rows that share a state take their turns in order.
             On CUDA an index beyond s cannot raise: the y of its row is NaN, and no state is touched.
+        A_is_log: A holds log(-A), the layers' parameter: no further operators for -exp(A) at every token.
 
     Returns:
         y, shaped like x, in its dtype and layout, from the unrounded state. Not differentiable.
@@ -154,7 +156,7 @@ def ssd_state_update(
     (tensor([[[2.]]]), tensor([[[[2.]]]]))
     """
     _prepare("ssd_state_update", state, x, dt, A, B, C, D, z, dt_bias)
-    y: Tensor = _ssd(state, x, dt, A, B, C, D, z, dt_bias, state_indices, dt_softplus, *dt_limit)
+    y: Tensor = _ssd(state, x, dt, A, B, C, D, z, dt_bias, state_indices, dt_softplus, *dt_limit, A_is_log)
     return y
 
 

@@ -101,6 +101,20 @@ def test_states_in_any_dtype(device: str, t: int | None, state_dtype: torch.dtyp
         check("ssd_state_update", cases.ssd_state_update(options=SSD, **options))
 
 
+@pytest.mark.parametrize("params", [None, torch.bfloat16])
+@pytest.mark.parametrize("sizes", [(3, 4, 9, 17), (2, 4, 64, 128)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_logarithms_of_the_rates(
+    device: str, dtype: torch.dtype, sizes: tuple[int, ...], params: torch.dtype | None
+) -> None:
+    """As the layers' A_log, in its dtype."""
+    if params is not None and dtype is not params:
+        pytest.skip("a parameter is float32 or as the inputs")
+    inputs = cases.ssd_state_update(*sizes, t=2, options=SSD, dtype=dtype, params=params, device=device)
+    inputs["A"] = (-inputs["A"]).log()
+    check("ssd_state_update", inputs | {"A_is_log": True})
+
+
 @pytest.mark.parametrize("layout", cases.LAYOUTS)
 @pytest.mark.parametrize("t", [None, 3])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

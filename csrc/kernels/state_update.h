@@ -43,6 +43,7 @@ struct SsdUpdateDims {
   int64_t groups_B, groups_C;
   bool softplus;
   double dt_min, dt_max;
+  bool A_is_log;  // A holds log(-A)
 };
 
 struct SsdUpdate {

@@ -221,7 +221,7 @@ Tensor selective_state_update(Tensor state, Tensor u, Tensor delta, Tensor A, Te
 
 Tensor ssd_state_update(Tensor state, Tensor x, Tensor dt, Tensor A, Tensor B, Tensor C, OptTensor D,
                         OptTensor z, OptTensor dt_bias, OptTensor state_indices, bool dt_softplus,
-                        double dt_min, double dt_max) {
+                        double dt_min, double dt_max, bool A_is_log) {
   const Checker check("ssd_state_update", x);
   const ScalarType type = check.float_type("x", x);
   const bool tokens = has_tokens(check, "x", x, 3, "(b, h, p) or (b, t, h, p)");
@@ -255,7 +255,7 @@ Tensor ssd_state_update(Tensor state, Tensor x, Tensor dt, Tensor A, Tensor B, T
   check_rows(check, state, b, state_indices);
   Tensor y = torch::stable::empty_like(x);
   const auto with_tokens = [&](const View& v) { return tokens ? v : reordered(v, {0, -1, 1, 2}); };
-  SsdUpdate params{.dims = {b, h, p, n, t, groups_B, groups_C, dt_softplus, dt_min, dt_max},
+  SsdUpdate params{.dims = {b, h, p, n, t, groups_B, groups_C, dt_softplus, dt_min, dt_max, A_is_log},
                    .state = view(state),
                    .x = with_tokens(view(x)),
                    .z = with_tokens(view(z)),

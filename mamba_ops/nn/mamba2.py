@@ -271,7 +271,7 @@ class Mamba2(nn.Module):
             cache.ssm_state,
             inner,
             dt,
-            decay_rate(self.A_log),
+            self.A_log,
             B,
             C,
             self._skip(),
@@ -279,6 +279,7 @@ class Mamba2(nn.Module):
             self.dt_bias,
             True,
             self.dt_limit,
+            A_is_log=True,
         )
         return project(self.out_proj, self._gated(y, z, mlp)).reshape(x.shape)
 

@@ -238,8 +238,9 @@ void ssd_state_update(const SsdUpdate& p, int64_t unit_begin, int64_t unit_end, 
     const int64_t head = unit / blocks, p0 = unit % blocks * kUpdateRows;
     const int64_t rows = dims.p - p0 < kUpdateRows ? dims.p - p0 : kUpdateRows;
     const int64_t gB = head / (dims.h / dims.groups_B), gC = head / (dims.h / dims.groups_C);
-    const R A = value_at<R>(p.A, head * p.A.stride[0]),
-            bias = value_at<R>(p.dt_bias, head * p.dt_bias.stride[0]);
+    const R bias = value_at<R>(p.dt_bias, head * p.dt_bias.stride[0]);
+    R A = value_at<R>(p.A, head * p.A.stride[0]);
+    if (dims.A_is_log) A = -exp(splat(A))[0];
     if (p.D)
       load_tile(D, kLd, p.D, head * p.D.stride[0] + p0 * p.D.stride[1], 1, 0, rows, p.D.stride[1]);
     else

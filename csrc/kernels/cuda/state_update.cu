@@ -31,7 +31,7 @@ constexpr int kThreads = 128, kPacksOfThread = 4;
 struct Update {
   int64_t b, h, p, n, t;
   int64_t heads_per_B, heads_per_C;
-  bool complex, softplus;
+  bool complex, softplus, A_is_log;
   double dt_min, dt_max;
   View state;        // (s, h, p, n)
   View x, z, y, dt;  // (b, t, h, p)
@@ -63,6 +63,7 @@ Update as_update(const ScanUpdate& s) {
           .heads_per_C = h / s.dims.groups_C,
           .complex = s.dims.complex,
           .softplus = s.dims.softplus,
+          .A_is_log = false,
           .dt_min = -INFINITY,
           .dt_max = INFINITY,
           .state = rows(s.state, s.state.stride[0], s.state.stride[1], s.state.stride[2]),
@@ -91,6 +92,7 @@ Update as_update(const SsdUpdate& s) {
           .heads_per_C = s.dims.h / s.dims.groups_C,
           .complex = false,
           .softplus = s.dims.softplus,
+          .A_is_log = s.dims.A_is_log,
           .dt_min = s.dims.dt_min,
           .dt_max = s.dims.dt_max,
           .state = s.state,
@@ -115,6 +117,12 @@ __device__ inline R step_size(const Update& p, R dt, int64_t head, int64_t row) 
   if (bias.data) dt += load_one<R>(bias, head * bias.stride[0] + row * bias.stride[1]);
   if (p.softplus) dt = softplus(dt);
   return dt < R(p.dt_min) ? R(p.dt_min) : dt > R(p.dt_max) ? R(p.dt_max) : dt;  // NaN stays
+}
+
+template <class R>
+__device__ inline R rate(const Update& p, int64_t at) {
+  const R A = load_one<R>(p.A, at);
+  return p.A_is_log ? -exp(A) : A;
 }
 
 // ---- Packs of 16 bytes
@@ -166,7 +174,7 @@ __global__ void __launch_bounds__(kThreads, sizeof(S) == 4 ? 8 : 5)
         };
         const float x = value(p.x), dt = step_size(p, value(p.dt), head, own_row);
         const int64_t at_A = head * p.A.stride[0] + own_row * p.A.stride[1];
-        s_step[threadIdx.x] = {dt * x, kOneDecay ? expf(dt * static_cast<const float*>(p.A.data)[at_A]) : dt};
+        s_step[threadIdx.x] = {dt * x, kOneDecay ? expf(dt * rate<float>(p, at_A)) : dt};
         if (p.D.data) skip = load_one<float>(p.D, head * p.D.stride[0] + own_row * p.D.stride[1]) * x;
         if (p.z.data) gate = silu(value(p.z));
       }
@@ -253,7 +261,7 @@ __global__ void __launch_bounds__(kThreads) update_any(const Update p, const Dev
         const int64_t at_A = head * p.A.stride[0] + row * p.A.stride[1] + i * p.A.stride[2],
                       at_B = offset(p.B, b, t, group_B, i), at_C = offset(p.C, b, t, group_C, i);
         R* h = s_state + i * kParts;
-        const R decay = exp(dt * load_one<R>(p.A, at_A));
+        const R decay = exp(dt * rate<R>(p, at_A));
         if constexpr (kComplex) {
           R sine, cosine;
           sincos(dt * load_one<R>(p.A, at_A + 1), &sine, &cosine);
@@ -290,11 +298,11 @@ dim3 grid(int64_t blocks, const Update& p) {
 template <class S>
 bool packs_fit(const Update& p, const DeviceRows& rows) {
   constexpr int kPack = 16 / sizeof(S);
-  return !p.complex && p.n % kPack == 0 && p.n <= 32 * 2 * kPack && p.A.dtype == DType::f32 &&
+  return !p.complex && p.n % kPack == 0 && p.n <= 32 * 2 * kPack &&
          packs_align(p.state, 3, {rows.states, p.h, p.p}, kPack) &&
          packs_align(p.B, 3, {p.b, p.t, p.h / p.heads_per_B}, kPack) &&
          packs_align(p.C, 3, {p.b, p.t, p.h / p.heads_per_C}, kPack) &&
-         (p.A.stride[2] == 0 || packs_align(p.A, 2, {p.h, p.p}, kPack));
+         (p.A.stride[2] == 0 || (p.A.dtype == DType::f32 && packs_align(p.A, 2, {p.h, p.p}, kPack)));
 }
 
 template <class T, class S>
