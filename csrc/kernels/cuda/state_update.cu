@@ -112,16 +112,14 @@ __device__ inline int64_t offset(const View& v, int64_t i, int64_t j, int64_t k,
 }
 
 template <class R>
-__device__ inline R step_size(const Update& p, R dt, int64_t head, int64_t row) {
-  const View& bias = p.dt_bias;
-  if (bias.data) dt += load_one<R>(bias, head * bias.stride[0] + row * bias.stride[1]);
+__device__ inline R step_size(const Update& p, R dt, R bias) {
+  dt += bias;
   if (p.softplus) dt = softplus(dt);
   return dt < R(p.dt_min) ? R(p.dt_min) : dt > R(p.dt_max) ? R(p.dt_max) : dt;  // NaN stays
 }
 
 template <class R>
-__device__ inline R rate(const Update& p, int64_t at) {
-  const R A = load_one<R>(p.A, at);
+__device__ inline R rate_of(const Update& p, R A) {
   return p.A_is_log ? -exp(A) : A;
 }
 
@@ -133,9 +131,26 @@ struct Teams {
   unsigned blocks_per_head;  // in x; batch rows in y
 };
 
-// T: of the inputs, S: of the state. kOneDecay: A is the same for all states of a row.
-template <class T, class S, bool kOneDecay, int kPacks>
-__global__ void __launch_bounds__(kThreads, sizeof(S) == 4 ? 8 : 5)
+// The bits of a row's parameter in 16 or 32 bits, 0 where it is absent: nothing waits for the load before the
+// number is made of them.
+__device__ inline uint32_t load_bits(const View& v, int64_t head, int64_t row) {
+  if (!v.data) return 0;
+  const int64_t at = head * v.stride[0] + row * v.stride[1];
+  return v.dtype == DType::f32 ? static_cast<const uint32_t*>(v.data)[at]
+                               : static_cast<const uint16_t*>(v.data)[at];
+}
+__device__ inline float from_bits(uint32_t bits, DType dtype) {
+  return dtype == DType::f32    ? __uint_as_float(bits)
+         : dtype == DType::bf16 ? to_real(bf16{uint16_t(bits)})
+                                : to_real(f16{uint16_t(bits)});
+}
+
+// T: of the inputs, S: of the state. kOneDecay: A is the same for all states of a row. kOneToken: t = 1, and
+// the new states need no registers.
+template <class T, class S, bool kOneDecay, bool kOneToken, int kPacks>
+__global__ void __launch_bounds__(kThreads, !kOneToken  ? 4
+                                            : kOneDecay ? 8
+                                                        : 6)
     update_packs(const Update p, const Teams teams, const DeviceRows rows) {
   constexpr int kPack = 16 / sizeof(S), kRows = kPacksOfThread / kPacks;
   __shared__ float2 s_step[kThreads];  // of each row: dt x, and its decay (or dt)
@@ -152,6 +167,12 @@ __global__ void __launch_bounds__(kThreads, sizeof(S) == 4 ? 8 : 5)
   const bool owner = int(threadIdx.x) < rows_here;
   const int64_t own_row = block_row + threadIdx.x;
   const int64_t group_B = head / unsigned(p.heads_per_B), group_C = head / unsigned(p.heads_per_C);
+  uint32_t bias_bits = 0, A_bits = 0, D_bits = 0;
+  if (owner) {
+    bias_bits = load_bits(p.dt_bias, head, own_row);
+    if (kOneDecay) A_bits = load_bits(p.A, head, own_row);
+    D_bits = load_bits(p.D, head, own_row);
+  }
 
   const auto update = [&](int64_t b, int64_t state_row) {
     S* const states =
@@ -166,18 +187,7 @@ __global__ void __launch_bounds__(kThreads, sizeof(S) == 4 ? 8 : 5)
       for (int k = 0; k < kPacks; ++k)
         if (has(r, k)) pack[r][k] = *stored(r, k);
     float h[kRows][kPacks][kPack];
-    for (int64_t t = 0; t < p.t; ++t) {
-      float skip = 0, gate = 1;
-      if (owner) {
-        const auto value = [&](const View& v) {
-          return to_real(static_cast<const T*>(v.data)[offset(v, b, t, head, own_row)]);
-        };
-        const float x = value(p.x), dt = step_size(p, value(p.dt), head, own_row);
-        const int64_t at_A = head * p.A.stride[0] + own_row * p.A.stride[1];
-        s_step[threadIdx.x] = {dt * x, kOneDecay ? expf(dt * rate<float>(p, at_A)) : dt};
-        if (p.D.data) skip = load_one<float>(p.D, head * p.D.stride[0] + own_row * p.D.stride[1]) * x;
-        if (p.z.data) gate = silu(value(p.z));
-      }
+    for (int64_t t = 0; t < (kOneToken ? 1 : p.t); ++t) {
       Pack<T, kPack> B[kPacks] = {}, C[kPacks] = {};
 #pragma unroll
       for (int k = 0; k < kPacks; ++k)
@@ -189,6 +199,18 @@ __global__ void __launch_bounds__(kThreads, sizeof(S) == 4 ? 8 : 5)
           B[k] = load(p.B, group_B);
           C[k] = load(p.C, group_C);
         }
+      float skip = 0, gate = 1;
+      if (owner) {
+        const auto value = [&](const View& v) {
+          return to_real(static_cast<const T*>(v.data)[offset(v, b, t, head, own_row)]);
+        };
+        const float x = value(p.x), raw_dt = value(p.dt);
+        if (p.z.data) gate = silu(value(p.z));
+        const float dt = step_size(p, raw_dt, from_bits(bias_bits, p.dt_bias.dtype));
+        const float A = rate_of(p, from_bits(A_bits, p.A.dtype));
+        s_step[threadIdx.x] = {dt * x, kOneDecay ? expf(dt * A) : dt};
+        if (p.D.data) skip = from_bits(D_bits, p.D.dtype) * x;
+      }
       __syncthreads();
       float out[kRows] = {};
 #pragma unroll
@@ -208,6 +230,7 @@ __global__ void __launch_bounds__(kThreads, sizeof(S) == 4 ? 8 : 5)
             h[r][k][i] = decay * h[r][k][i] + step.x * B[k].at(i);
             out[r] += C[k].at(i) * h[r][k][i];
           }
+          if (kOneToken && has(r, k)) *stored(r, k) = to_pack<S>(h[r][k]);
         }
       }
       for (int k = lanes / 2; k > 0; k /= 2)
@@ -221,7 +244,7 @@ __global__ void __launch_bounds__(kThreads, sizeof(S) == 4 ? 8 : 5)
         static_cast<T*>(p.y.data)[offset(p.y, b, t, head, own_row)] =
             from_real<T>((s_out[threadIdx.x] + skip) * gate);
     }
-    if (p.t > 0)
+    if (!kOneToken && p.t > 0)
 #pragma unroll
       for (int r = 0; r < kRows; ++r)
 #pragma unroll
@@ -254,14 +277,17 @@ __global__ void __launch_bounds__(kThreads) update_any(const Update p, const Dev
       for (int part = 0; part < kParts; ++part)
         s_state[i * kParts + part] = load_one<R>(p.state, at + i * p.state.stride[3] + part);
     for (int64_t t = 0; t < p.t; ++t) {
-      const R dt = step_size(p, load_one<R>(p.dt, offset(p.dt, b, t, head, row)), head, row);
+      const R bias = p.dt_bias.data
+                         ? load_one<R>(p.dt_bias, head * p.dt_bias.stride[0] + row * p.dt_bias.stride[1])
+                         : R(0);
+      const R dt = step_size(p, load_one<R>(p.dt, offset(p.dt, b, t, head, row)), bias);
       const R x = load_one<R>(p.x, offset(p.x, b, t, head, row));
       R out = 0;
       for (int64_t i = lane; i < p.n; i += 32) {
         const int64_t at_A = head * p.A.stride[0] + row * p.A.stride[1] + i * p.A.stride[2],
                       at_B = offset(p.B, b, t, group_B, i), at_C = offset(p.C, b, t, group_C, i);
         R* h = s_state + i * kParts;
-        const R decay = exp(dt * rate<R>(p, at_A));
+        const R decay = exp(dt * rate_of(p, load_one<R>(p.A, at_A)));
         if constexpr (kComplex) {
           R sine, cosine;
           sincos(dt * load_one<R>(p.A, at_A + 1), &sine, &cosine);
@@ -316,8 +342,13 @@ const char* launch_packs(const Update& p, const DeviceRows& rows, cudaStream_t s
   if (blocks > INT_MAX) return "more rows than one launch may have";
   teams.blocks_per_head = unsigned(blocks_per_head);
   const bool one_decay = p.A.stride[2] == 0;
-  const auto kernel = packs == 1 ? (one_decay ? update_packs<T, S, true, 1> : update_packs<T, S, false, 1>)
-                                 : (one_decay ? update_packs<T, S, true, 2> : update_packs<T, S, false, 2>);
+  const auto kernel_of = [&]<int kPacks>() {
+    return one_decay
+               ? (p.t == 1 ? update_packs<T, S, true, true, kPacks> : update_packs<T, S, true, false, kPacks>)
+               : (p.t == 1 ? update_packs<T, S, false, true, kPacks>
+                           : update_packs<T, S, false, false, kPacks>);
+  };
+  const auto kernel = packs == 1 ? kernel_of.template operator()<1>() : kernel_of.template operator()<2>();
   kernel<<<grid(blocks, p), kThreads, 0, stream>>>(p, teams, rows);
   return launch_error();
 }
