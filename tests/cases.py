@@ -290,6 +290,38 @@ def add_rms_norm(
     }
 
 
+NORMS = ("none", "norm", "add", "add to float32", "gate after the norm", "gate before the norm")
+
+
+def norm_linear(
+    b: int = 3,
+    k: int = 40,
+    n: int = 9,
+    norm: str = "add",
+    *,
+    dtype: torch.dtype = torch.float32,
+    params: torch.dtype | None = None,
+    layout: str = "contiguous",
+    device: str = "cpu",
+    seed: int = 0,
+) -> Inputs:
+    """norm: one of NORMS."""
+    draw = Draw(seed, dtype, params, device, layout)
+    inputs: Inputs = {
+        "x": draw.data(draw.normal(b, k)),
+        "weight": draw.data(draw.normal(n, k) / math.sqrt(max(k, 1))),
+        "bias": draw.data(draw.normal(1, n))[0],
+    }
+    if norm != "none":
+        inputs |= {"norm_weight": draw.parameter(1 + 0.1 * draw.normal(k)), "eps": 1e-3}
+    if norm.startswith("add"):
+        residual = draw.data(3 * draw.normal(b, k))
+        inputs["residual"] = residual.to(parameter_dtype(dtype)) if "float32" in norm else residual
+    if norm.startswith("gate"):
+        inputs |= {"z": draw.data(draw.normal(b, k)), "norm_before_gate": "after" in norm}
+    return inputs
+
+
 def state_indices(draw: Draw, b: int, s: int, dtype: torch.dtype = torch.int32) -> Tensor:
     """b different rows of s in any order, every third replaced by -1."""
     rows = torch.randperm(s, generator=draw.generator)[:b]

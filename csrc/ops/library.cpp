@@ -101,6 +101,11 @@ STABLE_TORCH_LIBRARY(mamba_ops, m) {
       "Tensor drmsnorm_weight, Tensor doutproj_weight, Tensor doutproj_bias, Tensor dconv_state_in, "
       "Tensor dinitial_state)");
 
+  // x, residual, z, sum (b,k); norm_weight (k); weight (n,k); bias (n); y (b,n). CUDA, bfloat16.
+  m.def(
+      "norm_linear(Tensor x, Tensor? residual, Tensor? z, Tensor? norm_weight, Tensor weight, Tensor? bias, "
+      "float eps, bool norm_before_gate) -> (Tensor y, Tensor sum)");
+
   // One token, or t of them; state_indices (b): rows of the state, negative for padding.
   // x (b,d[,t]); state (s,d,k); weight (d,w); bias (d)
   m.def(
@@ -158,4 +163,7 @@ void no_cuda_kernel(const char* op) {
   MAMBA_IMPL(ssd_state_update)
 
 STABLE_TORCH_LIBRARY_IMPL(mamba_ops, CPU, m) { MAMBA_IMPL_ALL; }
-STABLE_TORCH_LIBRARY_IMPL(mamba_ops, CUDA, m) { MAMBA_IMPL_ALL; }
+STABLE_TORCH_LIBRARY_IMPL(mamba_ops, CUDA, m) {
+  MAMBA_IMPL_ALL;
+  MAMBA_IMPL(norm_linear);
+}

@@ -34,6 +34,9 @@ std::tuple<Tensor, Tensor> add_rms_norm(Tensor x, Tensor residual, Tensor weight
 std::tuple<Tensor, Tensor, Tensor> add_rms_norm_bwd(Tensor dy, OptTensor dsum, Tensor sum, Tensor weight,
                                                     double eps);
 
+std::tuple<Tensor, Tensor> norm_linear(Tensor x, OptTensor residual, OptTensor z, OptTensor norm_weight,
+                                       Tensor weight, OptTensor bias, double eps, bool norm_before_gate);
+
 Tensor causal_conv1d_update(Tensor x, Tensor state, Tensor weight, OptTensor bias, OptTensor state_indices,
                             bool silu);
 Tensor selective_state_update(Tensor state, Tensor u, Tensor delta, Tensor A, Tensor B, Tensor C, OptTensor D,

@@ -1,0 +1,26 @@
+// A projection of few rows, with what stands before it in a layer's step:
+//
+//   y = W x' + bias;   x' = x, or s (mean s^2 + eps)^-1/2 w  of  s = residual + x, rounded as it is stored,
+//                      or v r w  of  v = x silu(z),  or with norm_before_gate  x r w silu(z)
+//
+// x' is rounded before the norm's factor of its row multiplies the sums. CUDA only, in bfloat16.
+#pragma once
+#include "kernels/view.h"
+
+namespace mamba_ops {
+
+struct NormLinear {
+  int64_t b, k, n;
+  double eps;
+  bool norm_before_gate;
+  View x, residual, z;  // (b, k)
+  View sum;             // (b, k), contiguous
+  View norm;            // (1, k)
+  View weight, bias;    // (n, k), (n)
+  View y;               // (b, n), contiguous
+};
+
+// Returns nullptr, or what CUDA says went wrong; does not wait for the kernel.
+const char* norm_linear_cuda(const NormLinear& p, void* stream);
+
+}  // namespace mamba_ops

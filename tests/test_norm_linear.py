@@ -1,0 +1,205 @@
+"""norm_linear against the formula of its parts: every norm, any number of rows, sizes and strides."""
+
+import re
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+import mamba_ops
+from mamba_ops import reference
+from tests import cases
+from tests.cases import LAYOUTS, NORMS, Inputs
+from tests.compare import FEW
+from tests.conftest import missing_device
+
+
+@pytest.fixture(params=["cpu", "cuda"])
+def device(request: pytest.FixtureRequest) -> str:
+    """Where norm_linear runs: on the CPU by its parts."""
+    reason = missing_device("norm_linear", request.param)
+    if reason:
+        pytest.skip(reason)
+    return str(request.param)
+
+
+def half(*sizes: Any, **options: Any) -> Inputs:
+    return cases.norm_linear(*sizes, dtype=torch.bfloat16, **options)
+
+
+def plain(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    norm_weight: Tensor | None = None,
+    *,
+    residual: Tensor | None = None,
+    z: Tensor | None = None,
+    **options: Any,
+) -> tuple[Tensor, Tensor]:
+    total = x
+    if residual is not None and norm_weight is not None:
+        x, total = reference.add_rms_norm(x, residual, norm_weight, **options)
+    elif norm_weight is not None:
+        x = reference.rms_norm_gated(x, norm_weight, z, **options)
+    return F.linear(x, weight, bias), total
+
+
+def check(inputs: Inputs) -> None:
+    """Errors (2-norm) at most twice those of the formula in the inputs' own dtypes on the CPU, and last bits;
+    four times for few elements, as in tests/compare.py."""
+    host = {k: v.cpu() if torch.is_tensor(v) else v for k, v in inputs.items()}
+    exact = plain(**{k: v.double() if torch.is_tensor(v) else v for k, v in host.items()})
+    for got, own, truth in zip(mamba_ops.norm_linear(**inputs), plain(**host), exact, strict=True):
+        assert (got.shape, got.dtype) == (own.shape, own.dtype)
+        error, base = ((t.cpu().double() - truth).norm() for t in (got, own))
+        factor = 2 if got.numel() >= FEW else 4
+        last_bits = torch.finfo(got.dtype).eps / 2 if got.dtype != torch.float64 else 1e-14
+        assert error <= factor * base + last_bits * truth.norm(), f"{error} against {base}"
+
+
+@pytest.mark.parametrize("norm", NORMS)
+@pytest.mark.parametrize("b", [1, 2, 3, 8, 9])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_follows_the_formula(device: str, dtype: torch.dtype, b: int, norm: str) -> None:
+    check(cases.norm_linear(b, 768, 1100, norm, dtype=dtype, device=device))
+
+
+SIZES = [(1, 1), (7, 9), (8, 8), (40, 2565), (511, 70), (512, 70), (520, 9), (2560, 3000), (5120, 1100)]
+SIZES += [(5121, 33), (16384, 9), (16392, 9)]
+
+
+@pytest.mark.parametrize(("k", "n"), SIZES)
+@pytest.mark.parametrize("norm", ["add to float32", "gate before the norm"])
+def test_sizes(device: str, norm: str, k: int, n: int) -> None:
+    for b in (1, 3, 8):
+        check(half(b, k, n, norm, device=device))
+
+
+@pytest.mark.parametrize("params", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("norm", NORMS)
+def test_layouts_and_weights(device: str, norm: str, layout: str, params: torch.dtype) -> None:
+    check(half(4, 264, 70, norm, params=params, layout=layout, device=device))
+
+
+def test_rows_at_any_address(device: str) -> None:
+    inputs = half(4, 264, 70, "add", params=torch.bfloat16, device=device)
+    for name in ("x", "residual", "weight", "norm_weight"):
+        whole = torch.zeros(inputs[name].numel() + 1, dtype=torch.bfloat16, device=device)
+        whole[1:] = inputs[name].flatten()
+        check(inputs | {name: whole[1:].view(inputs[name].shape)})
+
+
+@pytest.mark.parametrize("shape", [(0, 8, 3), (2, 8, 0), (2, 0, 3)])
+def test_empty(device: str, shape: tuple[int, int, int]) -> None:
+    check(half(*shape, "none", device=device))
+
+
+def test_without_bias(device: str) -> None:
+    inputs = half(1, 64, 9, "add", device=device)
+    y, total = mamba_ops.norm_linear(**inputs | {"bias": None})
+    check(inputs | {"bias": torch.zeros_like(inputs["bias"])})
+    assert y.shape == (1, 9) and total.dtype == torch.bfloat16
+
+
+def test_nan_stays_in_its_row(device: str) -> None:
+    inputs = half(3, 520, 40, "add", device=device)
+    inputs["x"][1, 7] = torch.nan
+    y, total = mamba_ops.norm_linear(**inputs)
+    assert total.isnan().sum() == 1
+    assert y.isnan().all(dim=1).tolist() == [False, True, False] and y.isnan().sum() == 40
+
+
+def test_gradients_flow() -> None:
+    inputs = cases.norm_linear(2, 16, 5, "add", dtype=torch.float64)
+    leaves = {k: v.requires_grad_() for k, v in inputs.items() if torch.is_tensor(v)}
+    grads = [
+        torch.autograd.grad(f(**inputs | leaves)[0].sum(), list(leaves.values()))
+        for f in (mamba_ops.norm_linear, plain)
+    ]
+    for got, expected in zip(*grads, strict=True):
+        torch.testing.assert_close(got, expected)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"norm_weight": None}, "residual and z are of the norm, but norm_weight is None"),
+        ({"z": torch.zeros(3, 8)}, "residual and z exclude one another"),
+    ],
+)
+def test_bad_combinations(changes: Inputs, message: str) -> None:
+    with pytest.raises(ValueError, match="norm_linear: " + message):
+        mamba_ops.norm_linear(**cases.norm_linear(3, 8, 5) | changes)
+
+
+# --- the kernel -------------------------------------------------------------------------------------------
+
+
+def operator(**inputs: Any) -> tuple[Tensor, Tensor]:
+    names = ("x", "residual", "z", "norm_weight", "weight", "bias")
+    tensors = [inputs.get(name) for name in names]
+    y, total = torch.ops.mamba_ops.norm_linear(
+        *tensors, inputs.get("eps", 1e-5), inputs.get("norm_before_gate", False)
+    )
+    return y, total
+
+
+@pytest.fixture
+def gpu() -> str:
+    reason = missing_device("norm_linear", "cuda")
+    if reason:
+        pytest.skip(reason)
+    return "cuda"
+
+
+@pytest.mark.parametrize("norm", NORMS)
+def test_opcheck(gpu: str, norm: str) -> None:
+    inputs = half(3, 40, 9, norm, device=gpu)
+    tensors = [inputs.get(name) for name in ("x", "residual", "z", "norm_weight", "weight", "bias")]
+    torch.library.opcheck(torch.ops.mamba_ops.norm_linear.default, (*tensors, 1e-5, False))
+
+
+def test_rows_beyond_one_launch(gpu: str) -> None:
+    """The operator takes any number; norm_linear leaves more than eight to torch."""
+    inputs = half(21, 5120, 300, "add", device=gpu)
+    y, total = operator(**inputs)
+    for rows in (slice(0, 8), slice(8, 16), slice(16, 21)):
+        part = inputs | {name: inputs[name][rows] for name in ("x", "residual")}
+        expected, expected_total = mamba_ops.norm_linear(**part)
+        assert torch.equal(y[rows], expected)
+        assert torch.equal(total[rows], expected_total)
+
+
+def test_the_same_bits_every_run_and_in_a_graph(gpu: str) -> None:
+    inputs = half(5, 2560, 1000, "add to float32", device=gpu)
+    expected = mamba_ops.norm_linear(**inputs)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = mamba_ops.norm_linear(**inputs)
+    for _ in range(3):
+        graph.replay()
+        for got, again, want in zip(captured, mamba_ops.norm_linear(**inputs), expected, strict=True):
+            assert torch.equal(got, want) and torch.equal(again, want)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"x": torch.zeros(3, 8)}, "x must be bfloat16, got float32"),
+        ({"x": torch.zeros(8).bfloat16()}, "x must be (b, k) = (b, k), got (8,)"),
+        ({"residual": torch.zeros(3, 7)}, "residual must be (b, k) = (3, 8), got (3, 7)"),
+        ({"weight": torch.zeros(5, 7).bfloat16()}, "weight must be (n, k) = (n, 8), got (5, 7)"),
+        ({"weight": torch.zeros(5, 8)}, "weight must be bfloat16, got float32"),
+        ({"norm_weight": torch.zeros(7)}, "norm_weight must be (k) = (8), got (7,)"),
+        ({"bias": torch.zeros(4)}, "bias must be (n) = (5), got (4,)"),
+        ({"eps": -1.0}, "eps must be >= 0, got -1"),
+    ],
+)
+def test_bad_input(gpu: str, changes: Inputs, message: str) -> None:
+    changes = {k: v.to(gpu) if torch.is_tensor(v) else v for k, v in changes.items()}
+    with pytest.raises(RuntimeError, match="norm_linear: " + re.escape(message)):
+        operator(**half(3, 8, 5, device=gpu) | changes)
