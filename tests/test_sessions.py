@@ -1,5 +1,6 @@
 """Sessions: conversations that go on, are saved, and are rolled back; steps in a CUDA graph."""
 
+from copy import deepcopy
 from pathlib import Path
 
 import pytest
@@ -150,6 +151,30 @@ def test_speculation_wants_its_order() -> None:
 # --- files ------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("state_dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_states_in_another_dtype(tmp_path: Path, state_dtype: torch.dtype) -> None:
+    """They are rounded after every call, to their own precision and no less, and a file keeps them so."""
+    for name in ("mamba", "mamba2"):
+        exact = fed(make(name))
+        model, text = exact.model, torch.tensor([[5, 6], [1, 2], [3, 4]])
+        session = Session(model, 3, max_length=ROOM, state_dtype=state_dtype)
+        session.extend(PROMPTS)
+        session.save(tmp_path / "a")
+        again = Session.load(tmp_path / "a", model)
+        for t in range(2):
+            logits, expected, loaded = (s.step(text[:, t]) for s in (session, exact, again))
+            error = ((logits - expected).norm() / expected.norm()).item()
+            assert torch.finfo(state_dtype).eps / 1e3 < error < 4 * torch.finfo(state_dtype).eps
+            assert torch.equal(loaded, logits)
+        for key, state in again.cache.tensors().items():
+            assert state.dtype == (state_dtype if "ssm" in key else torch.float64)
+
+
+def test_state_dtypes_that_are_none() -> None:
+    with pytest.raises(ValueError, match="state_dtype must be float32, bfloat16, .* got torch.int32"):
+        Session(make("mamba2"), 2, state_dtype=torch.int32)
+
+
 @pytest.mark.parametrize("tokens", [0, 3])
 def test_a_saved_session_goes_on(model: LanguageModel, tmp_path: Path, tokens: int) -> None:
     session = Session(model, 3, max_length=ROOM)
@@ -272,3 +297,22 @@ def test_steps_in_a_cuda_graph(name: str, tmp_path: Path) -> None:
     assert again.generate([[]] * 3, 1, temperature=0)[0].is_cuda
     drawn = [list(s.stream([[1]] * 3, 4, temperature=0)) for s in sessions]
     assert torch.equal(torch.stack(drawn[0]), torch.stack(drawn[1]))
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_steps_in_bfloat16_on_a_gpu(name: str) -> None:
+    """No further from float64 than twice what the CPU's are, and the same bits with and without the graph."""
+    reason = missing_device("norm_linear", "cuda")
+    if reason:
+        pytest.skip(reason)
+    model, tokens = make(name).bfloat16(), torch.randint(19, (12, 3))
+
+    def logits(model: LanguageModel, graph: bool = False) -> Tensor:
+        session = Session(model, 3, max_length=ROOM, graph=graph)
+        return torch.stack([session.step(row).cpu() for row in tokens])
+
+    own, truth = logits(model).double(), logits(deepcopy(model).double())
+    model.cuda()
+    got = logits(model)
+    assert (got.double() - truth).norm() <= 2 * (own - truth).norm()
+    assert torch.equal(logits(model, graph=True), got)

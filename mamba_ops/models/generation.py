@@ -21,6 +21,7 @@ def stream(
     top_p: float | None = None,
     stop_token: int | None = None,
     generator: torch.Generator | None = None,
+    state_dtype: torch.dtype | None = None,
 ) -> Iterator[Tensor]:
     """Generates token by token, at a cost that does not grow with the position, but for unlimited attention.
 
@@ -34,6 +35,7 @@ def stream(
             least one token stays. None: all.
         stop_token: a row ends after this token; generation ends when all rows have.
         generator: source of randomness, on the model's device.
+        state_dtype: of the recurrent states; None: float32. See Mamba2.allocate_cache.
 
     Yields:
         (b,) int64: the next token of each row; -1 in rows that have ended. The stop token itself is yielded.
@@ -47,7 +49,7 @@ def stream(
     [2, 2]
     """
     longest = max((len(row) for row in prompts), default=0) + max(max_new_tokens, 0)
-    session = Session(model, len(prompts), max_length=longest)
+    session = Session(model, len(prompts), max_length=longest, state_dtype=state_dtype)
     return session.stream(
         prompts,
         max_new_tokens,
@@ -69,6 +71,7 @@ def generate(
     top_p: float | None = None,
     stop_token: int | None = None,
     generator: torch.Generator | None = None,
+    state_dtype: torch.dtype | None = None,
     on_token: Callable[[Tensor], None] | None = None,
 ) -> list[Tensor]:
     """Generates until max_new_tokens or the stop token; arguments as in stream.
@@ -94,6 +97,7 @@ def generate(
         top_p=top_p,
         stop_token=stop_token,
         generator=generator,
+        state_dtype=state_dtype,
     ):
         if on_token is not None:
             on_token(tokens)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from ..add_norm import add_rms_norm
 from ..nn import Attention, AttentionCache, Cache, GatedMLP, LayerCache, Mamba, Mamba2, RMSNormGated
 from ..nn.init import Device
-from ..nn.token import project
+from ..nn.token import norm_and_project, project
 from .config import LAYERS, LMConfig
 from .state import ModelCache
 
@@ -113,11 +113,18 @@ class Block(nn.Module):
         self, out: Tensor | None, stream: Tensor, shared: Tensor | None, way: Pass, cache: Cache | None
     ) -> tuple[Tensor, Tensor]:
         """From the last layer's output and the stream without it to the same after this block."""
-        if shared is None:
+        fused, mixer = None, self.mixer
+        if way.one_token and shared is None and out is not None and type(mixer) in LAYERS.values():
+            fused = norm_and_project(self.norm, mixer.in_proj, out, residual=stream)
+        if fused is not None:
+            projected, stream = fused
+            out = mixer.step_projected(projected, cache)  # type: ignore[operator, arg-type]
+        elif shared is None:
             normed, stream = self.norm.add(out, stream)
+            out = way.mix(mixer, normed, cache)
         else:
             normed, _ = self.norm.add(self.shared_proj(shared), stream)
-        out = way.mix(self.mixer, normed, cache)
+            out = way.mix(mixer, normed, cache)
         if self.has_mlp:
             normed, stream = self.norm2.add(out, stream)
             out = way.transform(self.mlp, normed)
@@ -226,6 +233,7 @@ class LanguageModel(nn.Module):
         device: Device = None,
         *,
         max_length: int | None = None,
+        state_dtype: torch.dtype | None = None,
     ) -> ModelCache:
         """Empty caches of all layers for batch_size sequences.
 
@@ -233,12 +241,15 @@ class LanguageModel(nn.Module):
             batch_size: b.
             dtype, device: of the activations; None: the weights'.
             max_length: tokens that a sequence can have in all; needed where attention has no window.
+            state_dtype: of the recurrent states; None: float32. See Mamba2.allocate_cache.
         """
 
         def allocate(mixer: nn.Module) -> LayerCache | AttentionCache:
             if isinstance(mixer, Attention):
                 return mixer.allocate_cache(batch_size, dtype, device, max_length=max_length)
-            cache: LayerCache = mixer.allocate_cache(batch_size, dtype, device)  # type: ignore[operator]
+            cache: LayerCache = mixer.allocate_cache(  # type: ignore[operator]
+                batch_size, dtype, device, state_dtype=state_dtype
+            )
             return cache
 
         shared = {i: allocate(self.backbone.shared.mixer) for i in self.config.shared_layer_idx}

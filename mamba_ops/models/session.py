@@ -22,6 +22,9 @@ from .state import ModelCache
 Prompts = Tensor | Sequence[Tensor] | Sequence[Sequence[int]]
 FORMAT = "mamba_ops.session.1"
 CACHE = "cache."
+DTYPES = {
+    str(d).removeprefix("torch."): d for d in (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+}
 
 
 class Session:
@@ -35,6 +38,7 @@ class Session:
         batch_size: b.
         max_length: tokens that a sequence can have in all; needed where attention has no window.
         graph: whether steps run in a CUDA graph; None: on a GPU.
+        state_dtype: of the recurrent states; None: float32. See Mamba2.allocate_cache.
 
     Attributes:
         cache: the states.
@@ -54,12 +58,13 @@ class Session:
         *,
         max_length: int | None = None,
         graph: bool | None = None,
+        state_dtype: torch.dtype | None = None,
     ) -> None:
         self.model = model
-        self.cache = model.allocate_cache(batch_size, max_length=max_length)
+        self.cache = model.allocate_cache(batch_size, max_length=max_length, state_dtype=state_dtype)
         self.logits: Tensor | None = None
         self.pending: Tensor | None = None
-        self._max_length = max_length
+        self._max_length, self._state_dtype = max_length, state_dtype
         self._device = model.backbone.embedding.weight.device
         self._captures = self._device.type == "cuda" if graph is None else graph
         if self._captures and self._device.type != "cuda":
@@ -211,6 +216,7 @@ class Session:
             "model": json.dumps(_identity(self.model)),
             "batch_size": str(self.batch_size),
             "max_length": json.dumps(self._max_length),
+            "state_dtype": str(self._state_dtype).removeprefix("torch."),
             "seen": json.dumps([cache.seen for cache in self.cache if isinstance(cache, AttentionCache)]),
         }
         with replacing(path) as temporary:
@@ -232,11 +238,13 @@ class Session:
         try:
             if json.loads(metadata["model"]) != json.loads(json.dumps(_identity(model))):
                 raise CheckpointError(f"{path} was saved with another model: another config or other weights")
+            stored = metadata.get("state_dtype", "None")
             session = cls(
                 model,
                 int(metadata["batch_size"]),
                 max_length=json.loads(metadata["max_length"]),
                 graph=graph,
+                state_dtype=None if stored == "None" else DTYPES[stored],
             )
             seen = iter(json.loads(metadata["seen"]))
             for name, mine in session.cache.tensors().items():

@@ -69,7 +69,8 @@ class LayerCache(Cache):
 
     Attributes:
         conv_state: (b, conv_dim, d_conv - 1), the activations' dtype. The last inputs of the convolution.
-        ssm_state: (b, d, n) for Mamba, (b, h, p, n) for Mamba2; float32 (float64 in a float64 layer).
+        ssm_state: (b, d, n) for Mamba, (b, h, p, n) for Mamba2; float32 (float64 in a float64 layer)
+            unless allocate_cache was given another state_dtype.
 
     >>> from mamba_ops.nn import Mamba
     >>> cache = Mamba(16).allocate_cache(3)
@@ -154,6 +155,15 @@ class AttentionCache(Cache):
             else:
                 gathered = new[0][:, token].transpose(0, 1)
             mine.copy_(torch.where(fresh, gathered.to(mine.dtype), mine))
+
+
+def state_dtype_of(activations: torch.dtype, wanted: torch.dtype | None) -> torch.dtype:
+    """The dtype of a recurrent state: the wanted one, else that of the arithmetic."""
+    if wanted not in (None, torch.float32, torch.bfloat16, torch.float16, torch.float64):
+        raise ValueError(
+            f"allocate_cache: state_dtype must be float32, bfloat16, float16 or float64, got {wanted}"
+        )
+    return wanted or torch.promote_types(activations, torch.float32)
 
 
 def initial_state(state: Tensor, dtype: torch.dtype) -> Tensor:

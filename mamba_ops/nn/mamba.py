@@ -13,7 +13,7 @@ from ..causal_conv1d import causal_conv1d
 from ..mamba_inner import mamba_inner
 from ..selective_scan import selective_scan
 from ..state_update import causal_conv1d_update, selective_state_update
-from .cache import LayerCache, carry, check_sequence, decay_rate, initial_state
+from .cache import LayerCache, carry, check_sequence, decay_rate, initial_state, state_dtype_of
 from .init import Device, depthwise_conv, no_weight_decay, random_step_bias
 from .token import is_plain, project, token_rows
 
@@ -214,11 +214,15 @@ class Mamba(nn.Module):
     def step(self, x: Tensor, cache: LayerCache) -> Tensor:
         """One token: x (b, d_model) or (b, 1, d_model); cache, b rows, updated in place. Returns x.shape."""
         rows = token_rows("Mamba.step", x, self.d_model)
-        inner, z = project(self.in_proj, rows).chunk(2, dim=-1)
+        return self.step_projected(project(self.in_proj, rows), cache).reshape(x.shape)
+
+    def step_projected(self, projected: Tensor, cache: LayerCache) -> Tensor:
+        """What `step` does with the output of in_proj (b, ·). Returns (b, d_model)."""
+        inner, z = projected.chunk(2, dim=-1)
         u = causal_conv1d_update(
             inner, cache.conv_state, self.conv1d.weight.squeeze(1), self.conv1d.bias, "silu"
         )
-        dt, B, C = self.x_proj(u).split([self.dt_rank, self.d_state, self.d_state], dim=-1)
+        dt, B, C = torch.split(project(self.x_proj, u), [self.dt_rank, self.d_state, self.d_state], dim=-1)
         delta, delta_bias = self._raw_steps(dt)
         y = selective_state_update(
             cache.ssm_state,
@@ -232,13 +236,15 @@ class Mamba(nn.Module):
             delta_bias,
             True,
         )
-        return project(self.out_proj, y).reshape(x.shape)
+        return project(self.out_proj, y)
 
     def allocate_cache(
         self,
         batch_size: int,
         dtype: torch.dtype | None = None,
         device: Device = None,
+        *,
+        state_dtype: torch.dtype | None = None,
     ) -> LayerCache:
         """An empty cache for batch_size sequences.
 
@@ -246,6 +252,9 @@ class Mamba(nn.Module):
             batch_size: b.
             dtype: the activations' dtype (that of in_proj's output); None: the weights'.
             device: None: the weights'.
+            state_dtype: of ssm_state, which is rounded to it after every call; None: float32 (float64 for
+                float64 activations). In bfloat16 it takes half the memory and time, as mamba_ssm keeps it,
+                and the rounding of many tokens adds up in heads of slow decay.
         """
         weight = self.in_proj.weight
         dtype, device = dtype or weight.dtype, device or weight.device
@@ -255,7 +264,7 @@ class Mamba(nn.Module):
                 batch_size,
                 self.d_inner,
                 self.d_state,
-                dtype=torch.promote_types(dtype, torch.float32),
+                dtype=state_dtype_of(dtype, state_dtype),
                 device=device,
             ),
         )

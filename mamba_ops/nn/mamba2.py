@@ -14,10 +14,10 @@ from ..causal_conv1d import causal_conv1d
 from ..mamba_split_conv1d_scan import mamba_split_conv1d_scan
 from ..ssd import ssd
 from ..state_update import causal_conv1d_update, ssd_state_update
-from .cache import LayerCache, carry, check_sequence, decay_rate, initial_state
+from .cache import LayerCache, carry, check_sequence, decay_rate, initial_state, state_dtype_of
 from .init import Device, depthwise_conv, no_weight_decay, random_step_bias
 from .norm import RMSNormGated
-from .token import is_plain, project, token_rows
+from .token import is_plain, norm_and_project, project, token_rows
 
 
 class Mamba2(nn.Module):
@@ -262,7 +262,11 @@ class Mamba2(nn.Module):
     def step(self, x: Tensor, cache: LayerCache) -> Tensor:
         """One token: x (b, d_model) or (b, 1, d_model); cache, b rows, updated in place. Returns x.shape."""
         rows = token_rows("Mamba2.step", x, self.d_model)
-        *mlp, z, xBC, dt = torch.split(project(self.in_proj, rows), self._split, dim=-1)
+        return self.step_projected(project(self.in_proj, rows), cache).reshape(x.shape)
+
+    def step_projected(self, projected: Tensor, cache: LayerCache) -> Tensor:
+        """What `step` does with the output of in_proj (b, ·). Returns (b, d_model)."""
+        *mlp, z, xBC, dt = torch.split(projected, self._split, dim=-1)
         xBC = causal_conv1d_update(
             xBC, cache.conv_state, self.conv1d.weight.squeeze(1), self.conv1d.bias, "silu"
         )
@@ -281,13 +285,19 @@ class Mamba2(nn.Module):
             self.dt_limit,
             A_is_log=True,
         )
-        return project(self.out_proj, self._gated(y, z, mlp)).reshape(x.shape)
+        if self.rmsnorm and not mlp:
+            fused = norm_and_project(self.norm, self.out_proj, y.flatten(-2), z=z)
+            if fused is not None:
+                return fused[0]
+        return project(self.out_proj, self._gated(y, z, mlp))
 
     def allocate_cache(
         self,
         batch_size: int,
         dtype: torch.dtype | None = None,
         device: Device = None,
+        *,
+        state_dtype: torch.dtype | None = None,
     ) -> LayerCache:
         """An empty cache for batch_size sequences.
 
@@ -295,6 +305,9 @@ class Mamba2(nn.Module):
             batch_size: b.
             dtype: the activations' dtype (that of in_proj's output); None: the weights'.
             device: None: the weights'.
+            state_dtype: of ssm_state, which is rounded to it after every call; None: float32 (float64 for
+                float64 activations). In bfloat16 it takes half the memory and time, as mamba_ssm keeps it,
+                and the rounding of many tokens adds up in heads of slow decay.
         """
         weight = self.in_proj.weight
         dtype, device = dtype or weight.dtype, device or weight.device
@@ -305,7 +318,7 @@ class Mamba2(nn.Module):
                 self.nheads,
                 self.headdim,
                 self.d_state,
-                dtype=torch.promote_types(dtype, torch.float32),
+                dtype=state_dtype_of(dtype, state_dtype),
                 device=device,
             ),
         )
