@@ -5,8 +5,10 @@
 // registers. Where channels are contiguous in memory kC > 1, a pack is one token of kC channels, the lanes of
 // a warp lie along the channels, and a strip is all the tokens that a thread has. Elsewhere kC = 1, a pack is
 // kT tokens, the lanes lie along the tokens, and a strip is one pack; the strips of a thread are a row of
-// lanes apart. Any strides are right: kVector kernels move whole packs, the others value by value.
+// lanes apart. Any strides are right: see ConvForm.
 #pragma once
+#include <cuda_pipeline.h>
+
 #include <algorithm>
 #include <climits>
 #include <cmath>
@@ -18,6 +20,10 @@ namespace mamba_ops::gpu {
 
 inline constexpr int kConvThreads = 128;
 inline constexpr int kHalo = 4;  // taps; a strip sees one token less of its neighbours
+
+// What a kernel is compiled for: anything, moved value by value; whole, aligned packs; and those with kHalo
+// taps and SiLU.
+enum class ConvForm { any, packs, full };
 
 // ---- Host: tiles and tensors
 
@@ -79,8 +85,22 @@ template <int kTokens, class F>
 auto by_layout(const ConvDims& dims, const View& x, F f) {
   return by_storage(x.dtype, [&]<class T>() {
     constexpr int kC = sizeof(T) == 2 ? 4 : 2;
-    return channel_last(dims, x) ? f.template operator()<T, kC, kTokens>() : f.template operator()<T, 1, 8>();
+    constexpr int kPack = sizeof(T) == 2 ? 8 : 4;
+    return channel_last(dims, x) ? f.template operator()<T, kC, kTokens>()
+                                 : f.template operator()<T, 1, kPack>();
   });
+}
+
+// f.template operator()<form>() for a call of these tensors.
+template <class T, int kC, int kT, class F>
+auto by_form(const ConvDims& dims, std::initializer_list<const View*> tensors, F f) {
+  if constexpr (sizeof(T) < 8) {
+    bool whole = true;
+    for (const View* v : tensors) whole = whole && whole_packs<kC, kT>(*v, dims);
+    if (whole && dims.w == kHalo && dims.silu) return f.template operator()<ConvForm::full>();
+    if (whole) return f.template operator()<ConvForm::packs>();
+  }
+  return f.template operator()<ConvForm::any>();
 }
 
 // ---- Device
@@ -125,6 +145,70 @@ __device__ inline void store_some(T* p, int64_t stride, int64_t count, const Rea
   } else {
     store_pack(p, stride, count, false, to_pack<T>(v));
   }
+}
+
+// A thread's packs of N values on their way, kAhead of them, through slots of its own in shared memory; kT at
+// a time. Where packs are not whole they are read when they are wanted.
+template <class T, int N, int kT, int kAhead, bool kVector>
+struct Arrivals {
+  using Slot = Pack<T, N>;
+  using Slots = Slot[kVector ? kAhead : 1][kConvThreads];
+  static_assert(kAhead % kT == 0 && (kAhead & (kAhead - 1)) == 0);
+
+  Slots& slots;
+  const T *from, *ahead;  // the first pack, the next one to fetch
+  int64_t step, stride;   // from one pack to the next, from one value to the next
+  int exist;              // packs, at least one
+  uint32_t address;       // of the thread's first slot
+
+  __device__ Arrivals(Slots& memory, const T* first, int packs, int64_t step, int64_t stride)
+      : slots(memory),
+        from(first),
+        ahead(first),
+        step(step),
+        stride(stride),
+        exist(packs),
+        address(static_cast<uint32_t>(__cvta_generic_to_shared(&memory[0][threadIdx.x]))) {}
+
+  // Packs t .. t + kT - 1, beyond the last one that again; called for t = 0, kT, ...
+  __device__ void fetch(int t) {
+    if constexpr (kVector) {
+      constexpr unsigned kRow = sizeof(slots[0]);
+      const uint32_t to = address + (t & (kAhead - 1)) * kRow;
+#pragma unroll
+      for (int i = 0; i < kT; ++i) {
+        asm volatile("cp.async.ca.shared.global [%0], [%1], %2;" ::"r"(to + i * kRow), "l"(ahead),
+                     "n"(sizeof(Slot))
+                     : "memory");
+        if (t + i + 1 < exist) ahead += step;
+      }
+    }
+  }
+  // Pack t, of which there are `count` values, if a pack need not be whole.
+  __device__ Slot take(int t, int64_t count) const {
+    if constexpr (kVector)
+      return slots[t & (kAhead - 1)][threadIdx.x];
+    else
+      return load_pack<N>(from + t * step, stride, count, false);
+  }
+};
+
+// The kHalo values before a pack where the lanes lie along the tokens: the end of the pack of the lane
+// before, or, for lane 0, what the last lane has kept in `carry`. Each lane then keeps the end of its own.
+template <class T, int N>
+__device__ inline Pack<T, kHalo> values_before(const Pack<T, N>& pack, Pack<T, kHalo>& carry, int lane,
+                                               int lanes) {
+  constexpr int kWords = sizeof(carry.word) / sizeof(carry.word[0]), kSkip = kWords * (N / kHalo - 1);
+  const bool last = lane == lanes - 1;
+  Pack<T, kHalo> before;
+#pragma unroll
+  for (int i = 0; i < kWords; ++i) {
+    const auto end = pack.word[kSkip + i];
+    before.word[i] =
+        __shfl_sync(kAllLanes, last ? carry.word[i] : end, lane == 0 ? lanes - 1 : lane - 1, lanes);
+    carry.word[i] = end;
+  }
+  return before;
 }
 
 // The inputs at and before a token of a thread's channels: at[m] is m tokens back.
@@ -203,6 +287,23 @@ __device__ __noinline__ Past<Real<T>, kC> look_back(const ConvFwd& p, const Sequ
           past.at[m][j] = value_at<T>(p.initial_state, state, channel + j, p.dims.w - 1 - m + reach);
       }
   return past;
+}
+
+// y of a pack of tokens in which runs begin, one after the other; out of the way as well.
+template <class T, int kT>
+__device__ __noinline__ Pack<T, kT> convolve_runs(const ConvFwd& p, const Sequences& seqs, int64_t row,
+                                                  int64_t channel, int64_t first, Taps<Real<T>, 1> taps) {
+  Pack<T, kT> out;
+  Past<Real<T>, 1> past;
+#pragma unroll 1
+  for (int k = 0; k < kT && first + k < p.dims.l; ++k) {
+    if (k == 0 || begins(seqs, row, first + k)) past = look_back<T, 1>(p, seqs, row, channel, first + k);
+    past.at[0][0] = value_at<T>(p.x, row, channel, first + k);
+    const Real<T> c = taps.convolve(past, 0, p.dims.w);
+    out.set(k, from_real<T>(p.dims.silu ? silu(c) : c));
+    past.advance();
+  }
+  return out;
 }
 
 // Whether all kHalo - 1 tokens before token t are of its run.

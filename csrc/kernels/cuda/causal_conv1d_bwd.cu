@@ -4,17 +4,18 @@
 //   gW_m = sum_t gc_t x~_{t-m};  gbias = sum_t gc_t
 //
 // A block owns a tile of channels and tokens of one batch row, a thread kC channels and a stretch of the
-// tokens (see causal_conv1d.cuh). It walks x and dy from left to right, the next kT tokens on their way; gc
+// tokens (see causal_conv1d.cuh). It walks x and dy from left to right, the next ones on their way; gc
 // of a token completes dx of the token kHalo - 1 before it, so that a stretch takes kHalo - 1 tokens more
 // than it has. dweight and dbias are summed over the thread's own tokens in registers, then over the threads
 // that share a channel, in order, in shared memory: one partial per group (a tile of tokens of one row of the
 // grid). conv_reduce adds the groups. No atomics, every order is fixed by the sizes: bitwise repeatable, and
 // the same on every GPU. Where states enter or leave, conv_edges computes dinitial, and dx of the last w - 1
-// tokens anew with dfinal added. Shared memory: sums 5 x kC x 128 values (at most 10 KiB).
+// tokens anew with dfinal added. Shared memory: sums 5 x kC x 128 values (at most 10 KiB), and the tokens of
+// x and dy on their way, 32 KiB.
 //
-// b4 d5376 l4096 bfloat16 channel-last, SiLU: 0.236 ms on an H100 and conv_reduce 0.007: 2.2 TB/s where a
-// copy has 3.0. Issue slots are 56 % busy with 128 M instructions; 16 warps an SM (128 registers) do not hide
-// the latency of the loads.
+// Bound by memory: b4 d5376 l4096 bfloat16 channel-last, SiLU, takes 0.210 ms on an H100, conv_reduce
+// included: 2.52 TB/s where a copy has 3.0. ncu (8 tokens on their way instead of 16): DRAM at 82 % of its
+// peak in conv_bwd, issue slots 55 % busy.
 #include "kernels/cuda/causal_conv1d.cuh"
 #include "kernels/cuda/reduce.cuh"
 
@@ -24,7 +25,8 @@ namespace gpu {
 
 namespace {
 
-constexpr int kMaxChunks = 16, kTokens = 4;  // of conv_tiles; in flight where channels are contiguous
+// Packs of conv_tiles; where channels are contiguous, tokens of a step and tokens on their way.
+constexpr int kMaxChunks = 16, kTokens = 4, kAhead = 16;
 
 // Sums of dweight by distance, then of dbias.
 template <class R, int kC>
@@ -41,15 +43,15 @@ struct Pending {
 // gc of the token past[0], added to what it is part of. finished: dx of the token kHalo - 1 before it.
 // kMasked: the run may have ended (gc = 0), and the token may be another thread's (no sums).
 template <bool kMasked, class R, int kC>
-__device__ inline void add_grad(const Taps<R, kC>& taps, const Past<R, kC>& past, const R (&dy)[kC],
-                                const ConvDims& dims, bool exists, bool own, Sums<R, kC>& sums,
-                                Pending<R, kC>& pending, R (&finished)[kC]) {
+__device__ inline void add_grad(const Taps<R, kC>& taps, const Past<R, kC>& past, const R (&dy)[kC], int w,
+                                bool silu, bool exists, bool own, Sums<R, kC>& sums, Pending<R, kC>& pending,
+                                R (&finished)[kC]) {
   R grad[kC];
 #pragma unroll
   for (int j = 0; j < kC; ++j) grad[j] = dy[j];
-  if (dims.silu)
+  if (silu)
 #pragma unroll
-    for (int j = 0; j < kC; ++j) grad[j] *= silu_grad(taps.convolve(past, j, dims.w));
+    for (int j = 0; j < kC; ++j) grad[j] *= silu_grad(taps.convolve(past, j, w));
 #pragma unroll
   for (int j = 0; j < kC; ++j) {
     R g = grad[j];
@@ -59,7 +61,7 @@ __device__ inline void add_grad(const Taps<R, kC>& taps, const Past<R, kC>& past
 #pragma unroll
     for (int m = 0; m < kHalo; ++m) {
       part[m] = m == 0 ? R(0) : pending.at[m - 1][j];
-      if (m >= dims.w) continue;
+      if (m >= w) continue;
       sums.of[m][j] += share * past.at[m][j];
       part[m] += taps.weight[m][j] * g;
     }
@@ -70,13 +72,19 @@ __device__ inline void add_grad(const Taps<R, kC>& taps, const Past<R, kC>& past
   }
 }
 
-template <class T, int kC, int kT, bool kVector>
-__global__ void __launch_bounds__(kConvThreads, 4)
+template <class T, int kC, int kT, ConvForm kForm>
+__global__ void __launch_bounds__(kConvThreads, kC == 1 || kForm == ConvForm::full ? 4 : 3)
     conv_bwd(const __grid_constant__ ConvBwd p, const __grid_constant__ Sequences seqs,
              const ConvTiles tiles) {
   using R = Real<T>;
   __shared__ R s_sums[kHalo + 1][kConvThreads * kC];
+  constexpr bool kVector = kForm != ConvForm::any, kFull = kForm == ConvForm::full;
+  constexpr bool kLast = kC > 1;
+  using Arrivals = Arrivals<T, kLast ? kC : 2, kTokens, kLast ? kAhead : kTokens, kVector && kLast>;
+  __shared__ typename Arrivals::Slots s_x, s_dy;
   const ConvDims& dims = p.fwd.dims;
+  const int w = kFull ? kHalo : dims.w;
+  const bool silu = kFull || dims.silu;
   const ConvThread<kC, kT> me(tiles);
   const Tokens<T> x(p.fwd.x), dy(p.dy), dx(p.dx);
   const int channels = kVector ? kC : int(min(dims.d - me.channel, int64_t(kC)));
@@ -99,17 +107,15 @@ __global__ void __launch_bounds__(kConvThreads, 4)
         end = min(last, strip_end);
         // Tokens from here on are counted from `first`.
         const int own = int(end - first), exist = int(min(end + kHalo - 1, last) - first);
-        const T *ahead_x = from_x + first * x.stride_l, *ahead_dy = from_dy + first * dy.stride_l;
-        T* done = to + (first - (kHalo - 1)) * dx.stride_l;
-        Pack<T, kC> pack_x[kT], pack_dy[kT];
-        const auto fetch = [&](int i, int t) {
-          pack_x[i] = load_some<kVector, kC>(ahead_x, x.stride_d, t < exist ? channels : 0);
-          pack_dy[i] = load_some<kVector, kC>(ahead_dy, dy.stride_d, t < exist ? channels : 0);
-          ahead_x += x.stride_l;
-          ahead_dy += dy.stride_l;
+        Arrivals arrivals_x(s_x, from_x + first * x.stride_l, exist, x.stride_l, x.stride_d);
+        Arrivals arrivals_dy(s_dy, from_dy + first * dy.stride_l, exist, dy.stride_l, dy.stride_d);
+        const auto fetch = [&](int t) {
+          arrivals_x.fetch(t);
+          arrivals_dy.fetch(t);
+          __pipeline_commit();
         };
-#pragma unroll
-        for (int i = 0; i < kT; ++i) fetch(i, i);
+        T* done = to + (first - (kHalo - 1)) * dx.stride_l;
+        for (int t = 0; t < kAhead; t += kT) fetch(t);
         if (is_inside(seqs, row, first))
 #pragma unroll
           for (int m = 1; m < kHalo; ++m) {
@@ -122,26 +128,30 @@ __global__ void __launch_bounds__(kConvThreads, 4)
           past = look_back<T, kC>(p.fwd, seqs, row, me.channel, first);
         Pending<R, kC> pending = {};
         const auto walk = [&]<bool kMasked>(int begin) {
+          __pipeline_wait_prior(kAhead / kT - 1);
 #pragma unroll
           for (int i = 0; i < kT; ++i) {
             const int t = begin + i;
+            const int count = t < exist ? channels : 0;
+            const auto now_x = arrivals_x.take(t, count), now_dy = arrivals_dy.take(t, count);
             R gy[kC], finished[kC];
 #pragma unroll
             for (int j = 0; j < kC; ++j) {
-              past.at[0][j] = pack_x[i].at(j);
-              gy[j] = pack_dy[i].at(j);
+              past.at[0][j] = now_x.at(j);
+              gy[j] = now_dy.at(j);
             }
-            fetch(i, t + kT);
-            add_grad<kMasked>(taps, past, gy, dims, t < exist, t < own, sums, pending, finished);
+            add_grad<kMasked>(taps, past, gy, w, silu, t < exist, t < own, sums, pending, finished);
             past.advance();
             const bool mine = t >= kHalo - 1 && (!kMasked || t < own + kHalo - 1);
             store_some<kVector, kC>(done, dx.stride_d, mine ? channels : 0, finished);
             done += dx.stride_l;
           }
+          fetch(begin + kAhead);
         };
         int t = 0;
         for (; t + kT <= own; t += kT) walk.template operator()<false>(t);
         for (; t < own + kHalo - 1; t += kT) walk.template operator()<true>(t);
+        __pipeline_wait_prior(0);
       }
     } else {
       for (int q = 0; q < tiles.chunks; ++q) {
@@ -173,7 +183,7 @@ __global__ void __launch_bounds__(kConvThreads, 4)
             R gy[kC], finished[kC];
             past.at[0][0] = i < kT ? own_x.at(i) : right_x.at(i - kT);
             gy[0] = i < kT ? own_dy.at(i) : right_dy.at(i - kT);
-            add_grad<true>(taps, past, gy, dims, i < exist, i < own, sums, pending, finished);
+            add_grad<true>(taps, past, gy, w, silu, i < exist, i < own, sums, pending, finished);
             past.advance();
             if (const int done = i - (kHalo - 1); done >= begin && done < own)
               out[i - (kHalo - 1)] = finished[0];
@@ -196,9 +206,9 @@ __global__ void __launch_bounds__(kConvThreads, 4)
     const int k = i / tiles.channels, c = i % tiles.channels;  // k: as in weight, then the bias
     if (me.block_channel + c >= dims.d) continue;
     const R* from = s_sums[k < dims.w ? dims.w - 1 - k : kHalo] + c;
-    R total = 0;
+    double total = 0;
     for (int s = 0; s < me.strips; ++s) total += from[s * tiles.channels];
-    partial[k * ld + c] = total;
+    partial[k * ld + c] = R(total);
   }
 }
 
@@ -297,10 +307,8 @@ const char* causal_conv1d_bwd_cuda(const ConvBwd& p, const Sequences& seqs, int6
     const char* error = by_layout<kTokens>(dims, p.fwd.x, [&]<class T, int kC, int kT>() -> const char* {
       const ConvTiles tiles = conv_tiles<kC, kT>(dims, kMaxChunks);
       if (!tiles.fits()) return "more tiles than one launch may have";
-      const auto whole = [&](const View& v) { return whole_packs<kC, kT>(v, dims); };
-      const bool vector = whole(p.fwd.x) && whole(p.dy) && whole(p.dx);
-      const auto kernel =
-          vector && sizeof(T) < 8 ? conv_bwd<T, kC, kT, sizeof(T) < 8> : conv_bwd<T, kC, kT, false>;
+      const auto kernel = by_form<T, kC, kT>(dims, {&p.fwd.x, &p.dy, &p.dx},
+                                             [&]<ConvForm kForm>() { return conv_bwd<T, kC, kT, kForm>; });
       kernel<<<tiles.grid, kConvThreads, 0, stream>>>(p, seqs, tiles);
       return launch_error();
     });

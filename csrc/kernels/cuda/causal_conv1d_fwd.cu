@@ -3,13 +3,13 @@
 //   c_t = bias + sum_m W_m x~_{t-m} (m steps back, m < w);  y_t = silu(c_t) or c_t;  final = last w - 1 of x~
 //
 // A block owns a tile of channels and tokens of one batch row, a thread kC channels and a stretch of the
-// tokens (see causal_conv1d.cuh). While it computes a token, the next kT tokens are on the way. Final states:
-// a second, small kernel, a channel a thread. No shared memory; no value is summed by two threads: bitwise
-// repeatable.
+// tokens (see causal_conv1d.cuh). The packs that it wants next are on their way into its own slots of shared
+// memory (16 KiB a block along channels, 8 KiB along tokens; none where packs are not whole). Final states: a
+// second, small kernel, a channel a thread. No value is summed by two threads: bitwise repeatable.
 //
-// b4 d5376 l4096 bfloat16 channel-last, SiLU: 0.143 ms on an H100, 2.5 TB/s where a copy of as many bytes has
-// 2.85. What remains is latency: 22 warps an SM (80 registers) wait for their loads, issue slots are 41 %
-// busy.
+// Bound by memory: b4 d5376 l4096 bfloat16, SiLU, takes 0.128 ms channel-last and 0.126 channel-first on an
+// H100, 2.75 TB/s where a copy of as many bytes has 2.91. ncu (stretches of 64 tokens instead of 32): DRAM at
+// 80 % of its peak, issue slots 40 % busy.
 #include "kernels/cuda/causal_conv1d.cuh"
 
 namespace mamba_ops {
@@ -18,26 +18,35 @@ namespace gpu {
 
 namespace {
 
-constexpr int kMaxChunks = 8, kTokens = 8;  // of conv_tiles; in flight where channels are contiguous
+// Where channels are contiguous: packs of conv_tiles, tokens of a step, tokens on their way. Elsewhere: packs
+// on their way.
+constexpr int kMaxChunks = 8, kTokens = 4, kAhead = 16, kPacks = 4;
 
 template <class R, int kC>
-__device__ inline void output(R (&out)[kC], const Taps<R, kC>& taps, const Past<R, kC>& past,
-                              const ConvDims& dims) {
+__device__ inline void output(R (&out)[kC], const Taps<R, kC>& taps, const Past<R, kC>& past, int w,
+                              bool with_silu) {
 #pragma unroll
-  for (int j = 0; j < kC; ++j) out[j] = taps.convolve(past, j, dims.w);
-  if (dims.silu)
+  for (int j = 0; j < kC; ++j) out[j] = taps.convolve(past, j, w);
+  if (with_silu)
 #pragma unroll
     for (int j = 0; j < kC; ++j) out[j] = silu(out[j]);
 }
 
-template <class T, int kC, int kT, bool kVector>
-__global__ void __launch_bounds__(kConvThreads, sizeof(T) == 2 ? 6 : 4)
+template <class T, int kC, int kT, ConvForm kForm>
+__global__ void __launch_bounds__(kConvThreads, sizeof(T) > 2 ? 4
+                                                : kC > 1      ? 5
+                                                              : 7)
     conv_fwd(const __grid_constant__ ConvFwd p, const __grid_constant__ Sequences seqs,
              const ConvTiles tiles) {
   using R = Real<T>;
+  constexpr bool kVector = kForm != ConvForm::any, kFull = kForm == ConvForm::full, kLast = kC > 1;
+  using Arrivals = Arrivals<T, kLast ? kC : kT, kLast ? kT : 1, kLast ? kAhead : kPacks, kVector>;
+  __shared__ typename Arrivals::Slots s_arrivals;
   const ConvThread<kC, kT> me(tiles);
   const ConvDims& dims = p.dims;
   if (me.channel >= dims.d) return;
+  const int w = kFull ? kHalo : dims.w;
+  const bool with_silu = kFull || dims.silu;
   const Tokens<T> x(p.x), y(p.y);
   const int channels = kVector ? kC : int(min(dims.d - me.channel, int64_t(kC)));
   const Taps<R, kC> taps(p, seqs, me.channel);
@@ -51,16 +60,12 @@ __global__ void __launch_bounds__(kConvThreads, sizeof(T) == 2 ? 6 : 4)
       for (int64_t first = me.token, end; first < strip_end; first = end) {  // stretches of one run
         end = next_run(seqs, row, first + 1, strip_end);
         const int own = int(end - first);
-        const T* ahead = from + first * x.stride_l;
+        Arrivals arrivals(s_arrivals, from + first * x.stride_l, own, x.stride_l, x.stride_d);
         T* here = to + first * y.stride_l;
-        const auto fetch = [&](int t) {
-          const auto pack = load_some<kVector, kC>(ahead, x.stride_d, t < own ? channels : 0);
-          ahead += x.stride_l;
-          return pack;
-        };
-        Pack<T, kC> pack[kT];
-#pragma unroll
-        for (int i = 0; i < kT; ++i) pack[i] = fetch(i);
+        for (int t = 0; t < kAhead; t += kT) {
+          arrivals.fetch(t);
+          __pipeline_commit();
+        }
         if (is_inside(seqs, row, first))
 #pragma unroll
           for (int m = 1; m < kHalo; ++m) {
@@ -70,53 +75,68 @@ __global__ void __launch_bounds__(kConvThreads, sizeof(T) == 2 ? 6 : 4)
           }
         else
           past = look_back<T, kC>(p, seqs, row, me.channel, first);
-        for (int t = 0; t < own; t += kT)
+        const auto walk = [&]<bool kWhole>(int begin) {
+          __pipeline_wait_prior(kAhead / kT - 1);
 #pragma unroll
           for (int i = 0; i < kT; ++i) {
+            const auto now = arrivals.take(begin + i, begin + i < own ? channels : 0);
 #pragma unroll
-            for (int j = 0; j < kC; ++j) past.at[0][j] = pack[i].at(j);
-            pack[i] = fetch(t + i + kT);
+            for (int j = 0; j < kC; ++j) past.at[0][j] = now.at(j);
             R out[kC];
-            output(out, taps, past, dims);
+            output(out, taps, past, w, with_silu);
             past.advance();
-            store_some<kVector, kC>(here, y.stride_d, t + i < own ? channels : 0, out);
+            store_some<kVector, kC>(here, y.stride_d, kWhole || begin + i < own ? channels : 0, out);
             here += y.stride_l;
           }
+          arrivals.fetch(begin + kAhead);
+          __pipeline_commit();
+        };
+        int t = 0;
+        for (; t + kT <= own; t += kT) walk.template operator()<true>(t);
+        if (t < own) walk.template operator()<false>(t);
+        __pipeline_wait_prior(0);
       }
     } else {
-      const auto fetch = [&](int64_t first) {
-        return load_some<kVector, kT>(from + first * x.stride_l, x.stride_l, dims.l - first);
-      };
-      const int64_t step = int64_t(me.strips) * kT;
-      Pack<T, kT> next = fetch(me.token);
-      for (int q = 0; q < tiles.chunks; ++q) {
-        const int64_t strip = me.token + q * step, strip_end = min(strip + kT, dims.l);
-        if (strip >= dims.l) break;
-        const Pack<T, kT> pack = next;
-        if (q + 1 < tiles.chunks) next = fetch(strip + step);
-        R out[kT];
-        for (int64_t first = strip, end; first < strip_end; first = end) {  // stretches of one run
-          end = next_run(seqs, row, first + 1, strip_end);
-          if (first == strip && is_inside(seqs, row, first)) {
-            const auto before =
-                load_some<kVector, kHalo>(from + (first - kHalo) * x.stride_l, x.stride_l, kHalo);
-#pragma unroll
-            for (int m = 1; m < kHalo; ++m) past.at[m][0] = before.at(kHalo - m);
-          } else {
-            past = look_back<T, kC>(p, seqs, row, me.channel, first);
-          }
-#pragma unroll
-          for (int i = 0; i < kT; ++i) {
-            if (strip + i < first) continue;
-            R one[kC];
-            past.at[0][0] = pack.at(i);
-            output(one, taps, past, dims);
-            past.advance();
-            out[i] = one[0];
-          }
-        }
-        store_some<kVector, kT>(to + strip * y.stride_l, y.stride_l, dims.l - strip, out);
+      const int64_t step = int64_t(me.strips) * kT, tile = me.token_tile * tiles.tokens;
+      const int64_t tile_end = min(tile + tiles.tokens, dims.l);
+      const int own = int((tile_end - me.token + step - 1) / step);
+      Arrivals arrivals(s_arrivals, from + (own > 0 ? me.token * x.stride_l : 0), max(own, 1),
+                        step * x.stride_l, x.stride_l);
+      for (int q = 0; q < kPacks; ++q) {
+        arrivals.fetch(q);
+        __pipeline_commit();
       }
+      auto carry =
+          load_some<kVector, kHalo>(from + (tile - kHalo) * x.stride_l, x.stride_l, tile > 0 ? kHalo : 0);
+      for (int q = 0; tile + q * step < tile_end; ++q) {
+        const int64_t strip = me.token + q * step, strip_end = min(strip + kT, dims.l);
+        __pipeline_wait_prior(kPacks - 1);
+        const auto pack = arrivals.take(q, dims.l - strip);
+        arrivals.fetch(q + kPacks);
+        __pipeline_commit();
+        const auto before = values_before(pack, carry, me.strip, me.strips);
+        if (strip >= tile_end) continue;
+        T* const here = to + strip * y.stride_l;
+        if ((strip == 0 && p.initial_state.data) ||
+            next_run(seqs, row, strip - (kHalo - 2), strip_end) < strip_end) {
+          store_pack(here, y.stride_l, dims.l - strip, kVector,
+                     convolve_runs<T, kT>(p, seqs, row, me.channel, strip, taps));
+          continue;
+        }
+#pragma unroll
+        for (int m = 1; m < kHalo; ++m) past.at[m][0] = before.at(kHalo - m);
+        R out[kT];
+#pragma unroll
+        for (int k = 0; k < kT; ++k) {
+          R one[kC];
+          past.at[0][0] = pack.at(k);
+          output(one, taps, past, w, with_silu);
+          past.advance();
+          out[k] = one[0];
+        }
+        store_some<kVector, kT>(here, y.stride_l, dims.l - strip, out);
+      }
+      __pipeline_wait_prior(0);
     }
   }
 }
@@ -150,9 +170,8 @@ const char* causal_conv1d_fwd_cuda(const ConvFwd& p, const Sequences& seqs, int6
     const char* error = by_layout<kTokens>(dims, p.x, [&]<class T, int kC, int kT>() -> const char* {
       const ConvTiles tiles = conv_tiles<kC, kT>(dims, kMaxChunks);
       if (!tiles.fits()) return "more tiles than one launch may have";
-      const bool vector = whole_packs<kC, kT>(p.x, dims) && whole_packs<kC, kT>(p.y, dims);
-      const auto kernel =
-          vector && sizeof(T) < 8 ? conv_fwd<T, kC, kT, sizeof(T) < 8> : conv_fwd<T, kC, kT, false>;
+      const auto kernel = by_form<T, kC, kT>(dims, {&p.x, &p.y},
+                                             [&]<ConvForm kForm>() { return conv_fwd<T, kC, kT, kForm>; });
       kernel<<<tiles.grid, kConvThreads, 0, stream>>>(p, seqs, tiles);
       return launch_error();
     });
