@@ -1,6 +1,7 @@
 // What forward and backward of the gated norm share: how a launch is cut, a thread's values, sums of a team.
 //
-// A team of threads owns one group of columns in a run of rows (a unit). A thread has kValues values of a row
+// A team of threads owns one group of columns in the rows of a unit: every so many rows one, so that all
+// teams move through the tensors together. A thread has kValues values of a row
 // in registers, in packs of 16 bytes that lie along the team: pack k of thread `lane` begins at column
 // (k lanes + lane) kPack of the group. A group that is longer than what the team holds takes several spans,
 // and every row is read twice. Teams of up to 32 threads share a block; a larger team is a block.
@@ -23,7 +24,7 @@ inline constexpr int kNormValues = sizeof(R) == 4 ? 16 : 8;
 struct NormCut {
   int lanes, threads;  // of a team; of a block
   int64_t spans, groups;
-  int64_t units, unit_rows;
+  int64_t units;
   int64_t blocks;
 
   bool fits() const { return blocks <= INT_MAX; }
@@ -42,12 +43,15 @@ NormCut norm_cut(const NormDims& dims, int64_t threads, int64_t values) {
   const int64_t rows = dims.rows();
   if (rows * dims.d == 0) return cut;
   const int64_t most = std::max<int64_t>(std::min(threads / (cut.groups * cut.lanes), values / dims.d), 1);
-  cut.unit_rows = (rows + most - 1) / most;
-  cut.units = (rows + cut.unit_rows - 1) / cut.unit_rows;
+  const int64_t unit_rows = (rows + most - 1) / most;
+  cut.units = (rows + unit_rows - 1) / unit_rows;
   const int teams = cut.threads / cut.lanes;
   cut.blocks = (cut.units * cut.groups + teams - 1) / teams;
   return cut;
 }
+
+// Whether there is a gate and where the norm is, in kernels compiled for it; `any` looks.
+enum class Gate { any, none, after, before };
 
 // A (lead, d) tensor with its storage type.
 template <class T>
@@ -81,13 +85,20 @@ bool norm_is_plain(const NormFwd& p, const NormCut& cut, std::initializer_list<N
   return plain;
 }
 
+// f.template operator()<gate>() for a plain call.
+template <class F>
+auto by_gate(const NormFwd& p, F f) {
+  if (!p.z) return f.template operator()<Gate::none>();
+  return p.dims.norm_before_gate ? f.template operator()<Gate::before>()
+                                 : f.template operator()<Gate::after>();
+}
+
 // ---- Device
 
 // Where a thread stands. Teams take the groups of one unit next to each other.
 struct NormTeam {
   int64_t unit, group;
   int lane, lanes;
-  unsigned mask;  // of the team's threads in the warp
 
   __device__ explicit NormTeam(const NormCut& cut) : lanes(cut.lanes) {
     const int teams = blockDim.x / lanes;
@@ -95,7 +106,6 @@ struct NormTeam {
     unit = team / cut.groups;
     group = team - unit * cut.groups;
     lane = threadIdx.x % lanes;
-    mask = lanes < 32 ? ((1u << lanes) - 1) << (threadIdx.x % 32 / lanes * lanes) : 0xffffffffu;
   }
 };
 
@@ -153,19 +163,24 @@ struct NormPacks {
   }
 };
 
-// Sums over a team, which all its threads get. Every order is fixed: bitwise repeatable. A team larger than a
-// warp meets at one barrier a call: the next call writes into the other half of s_sums.
+// Sums over a team, which all its threads get. Every order is fixed: bitwise repeatable. Teams that share a
+// warp call it together, until they exit. A team larger than a warp meets at one barrier a call: the next
+// call writes into the other half of s_sums.
 template <class R, int kSums>
 struct TeamSums {
-  R (*s_sums)[kNormThreads / 32][kSums];  // [2]
+  R (*s_sums)[kNormThreads / 32][kSums];  // [2], one row of sums for each warp
   int half = 0;
 
   __device__ void operator()(const NormTeam& me, R (&sums)[kSums]) {
-    const int reach = me.lanes < 32 ? me.lanes : 32;
-    for (int k = reach / 2; k > 0; k /= 2)
 #pragma unroll
-      for (int i = 0; i < kSums; ++i) sums[i] += __shfl_xor_sync(me.mask, sums[i], k);
+    for (int k = 16; k > 0; k /= 2)
+#pragma unroll
+      for (int i = 0; i < kSums; ++i) {
+        const R other = __shfl_xor_sync(kAllLanes, sums[i], k);
+        if (k < me.lanes) sums[i] += other;
+      }
     if (me.lanes <= 32) return;
+    constexpr int kWarps = kNormThreads / 32;
     const int lane = threadIdx.x % 32;
     R(*s_warps)[kSums] = s_sums[half];
     half ^= 1;
@@ -174,17 +189,18 @@ struct TeamSums {
       for (int i = 0; i < kSums; ++i) s_warps[threadIdx.x / 32][i] = sums[i];
     __syncthreads();
 #pragma unroll
-    for (int i = 0; i < kSums; ++i) sums[i] = lane < me.lanes / 32 ? s_warps[lane][i] : R(0);
+    for (int i = 0; i < kSums; ++i)
+      sums[i] = lane % kWarps < me.lanes / 32 ? s_warps[lane % kWarps][i] : R(0);
 #pragma unroll
-    for (int k = 16; k > 0; k /= 2)
+    for (int k = kWarps / 2; k > 0; k /= 2)
 #pragma unroll
-      for (int i = 0; i < kSums; ++i) sums[i] += __shfl_xor_sync(me.mask, sums[i], k);
+      for (int i = 0; i < kSums; ++i) sums[i] += __shfl_xor_sync(kAllLanes, sums[i], k);
   }
 };
 
 template <class R>
-__device__ inline R norm_scale(R squares, const NormDims& dims) {
-  return rsqrt(squares * R(1. / dims.group) + R(dims.eps));
+__device__ inline R norm_scale(R squares, R mean, R eps) {
+  return rsqrt(squares * mean + eps);
 }
 
 }  // namespace mamba_ops::gpu

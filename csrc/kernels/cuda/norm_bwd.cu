@@ -4,17 +4,17 @@
 //   gv = r (q - v r^2 mean(q v));  gw = sum_rows gn x^
 //   after the gate:  gx = gv silu(z), gz = gv x silu'(z);   before it:  gx = gv, gz = gy x^ w silu'(z)
 //
-// A team of threads owns one group in a run of rows (see norm.cuh): it reads a row once, keeps the sigmoid of
-// z, and meets for the sums of v^2 and q v, so that r is computed again, not saved. A thread keeps its part
-// of gw over the rows of the run in registers; one partial row per run, which norm_reduce adds in order: no
-// atomics, bitwise repeatable, the same on every GPU. Groups that take several spans keep their part of gw in
-// the partial row itself. Shared memory: the sums of the warps, 256 bytes (512 in double); in the plain
-// kernel also a thread's own packs of x, z and dy, of this row and of the next one, which is on its way
-// meanwhile: 208 bytes a thread (400 of float).
+// A team of threads owns one group in the rows of a unit (see norm.cuh): it reads a row once and meets for
+// the sums of v^2 and q v, so that r is computed again, not saved. A thread keeps its part of gw over the
+// rows of the unit in registers; one partial row per unit, which norm_reduce adds in order: no atomics,
+// bitwise repeatable, the same on every GPU. Groups that take several spans keep their part of gw in the
+// partial row itself. Shared memory: the sums of the warps, 256 bytes (512 in double); in the plain kernel
+// also a thread's own packs of x, z and dy, of this row and of the next one, which is on its way meanwhile:
+// 192 bytes a thread (384 of float).
 //
-// 16384 x 5120 bfloat16 with z take 0.411 ms on an H100 and norm_reduce 0.010: 2.0 TB/s where a copy has 3.0.
-// No unit is full (issue slots 42 % busy, special functions 23 %): 20 warps an SM, which 96 registers and
-// their shared memory allow, wait for shared memory and for each other.
+// Bound by memory: 16384 x 5120 bfloat16 with z take 0.311 ms on an H100, norm_reduce included: 2.70 TB/s
+// where a copy has 3.0. The slots matter: with those of a thread side by side the same kernel took 0.415 ms,
+// every 16 bytes a request of their own to the L2 cache, whose tags were busy 77 % of the time.
 #include <cuda_pipeline.h>
 
 #include "kernels/cuda/norm.cuh"
@@ -26,54 +26,67 @@ namespace gpu {
 
 namespace {
 
-constexpr int64_t kThreads = 1 << 18, kPartial = 1 << 22;  // of a large call; values in `partial`
+constexpr int64_t kThreads = 1 << 17, kPartial = 1 << 22;  // of a large call; values in `partial`
 
 // Where a plain thread's packs of this row and of the next one arrive: slots of its own, so that nobody has
-// to wait for another thread. An odd number of them keeps neighbours in different banks.
+// to wait for another thread. Those of neighbouring threads are neighbours: a warp copies whole lines.
 template <class T, int kPacks>
 struct NormArrivals {
   using Slot = Pack<T, NormRows<T>::kPack>;
-  static constexpr int kSlots = 2 * 3 * kPacks + 1;
+  static constexpr int kOfRow = 3 * kPacks, kSlots = 2 * kOfRow;
 
-  Slot* slots;
+  const Slot* slots;
+  uint32_t address;  // of slots, in shared memory
 
-  __device__ Slot* slot(int64_t row, int tensor, int k) const {
-    return slots + (row & 1) * (3 * kPacks) + tensor * kPacks + k;
+  __device__ explicit NormArrivals(void* memory)
+      : slots(static_cast<Slot*>(memory) + threadIdx.x),
+        address(static_cast<uint32_t>(__cvta_generic_to_shared(slots))) {}
+
+  // half: 0 and 1 in turns.
+  __device__ Slot at(int half, int tensor, int k) const {
+    return slots[(half * kOfRow + tensor * kPacks + k) * blockDim.x];
   }
   template <class Packs>
-  __device__ void fetch(const Packs& packs, const NormRows<T>& from, const NormDims& dims, int64_t row,
-                        int tensor) const {
-    const T* p = packs.row(from, dims, row);
+  __device__ void fetch(const Packs& packs, const T* from, int half, int tensor) const {
+    const int first = half * kOfRow + tensor * kPacks;
 #pragma unroll
     for (int k = 0; k < kPacks; ++k)
-      if (packs.count(k) > 0) __pipeline_memcpy_async(slot(row, tensor, k), p + k * packs.step, sizeof(Slot));
+      if (packs.count(k) > 0)
+        asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(address + (first + k) * blockDim.x *
+                                                                                     unsigned(sizeof(Slot))),
+                     "l"(from + k * packs.step)
+                     : "memory");
   }
 };
 
-template <class T, class R, bool kPlain>
-__global__ void __maxnreg__(kPlain ? 96 : 128)
+template <class T, class R, Gate kGate>
+__global__ void __maxnreg__(kGate != Gate::any ? 96 : 128)
     norm_bwd(const NormBwd p, const NormCut cut, const NormRows<T> x, const NormRows<T> z,
              const NormRows<T> dy, const NormRows<T> dx, const NormRows<T> dz, const bool weight_vector) {
+  constexpr bool kPlain = kGate != Gate::any;
   constexpr int kPack = NormRows<T>::kPack, kPacks = kNormValues<R> / kPack;
   using Packs = NormPacks<T, kPacks, kPlain>;
   using Arrivals = NormArrivals<T, kPacks>;
   __shared__ R s_sums[2][kNormThreads / 32][2];
   extern __shared__ uint4 s_arrivals[];
-  const Arrivals arrivals{reinterpret_cast<typename Arrivals::Slot*>(s_arrivals) +
-                          threadIdx.x * Arrivals::kSlots};
+  const Arrivals arrivals(s_arrivals);
   const NormDims& dims = p.fwd.dims;
   const NormTeam me(cut);
   if (me.unit >= cut.units) return;
-  const bool gated = z.data, before = dims.norm_before_gate, one_span = kPlain || cut.spans == 1;
+  const bool gated = kPlain ? kGate != Gate::none : z.data != nullptr;
+  const bool before = kPlain ? kGate == Gate::before : dims.norm_before_gate;
+  const bool one_span = kPlain || cut.spans == 1;
   const int64_t spans = one_span ? 1 : cut.spans;
+  const R mean = R(1) / R(dims.group), eps = R(dims.eps);
   TeamSums<R, 2> sum_team{s_sums};
 
+  int half = 0;  // where the row's packs are
   Pack<T, kPack> pack_x[kPacks], pack_z[kPacks], pack_dy[kPacks];
   R weight[kPacks][kPack], dweight[kPacks][kPack] = {};
   const auto load = [&](const Packs& packs, int64_t row, int k) {
     const auto one = [&](const NormRows<T>& from, int tensor) {
       if constexpr (!kPlain) return packs.load(packs.row(from, dims, row), from, k);
-      return packs.count(k) > 0 ? *arrivals.slot(row, tensor, k) : Pack<T, kPack>{};
+      return packs.count(k) > 0 ? arrivals.at(half, tensor, k) : Pack<T, kPack>{};
     };
     pack_x[k] = one(x, 0);
     pack_dy[k] = one(dy, 1);
@@ -100,19 +113,28 @@ __global__ void __maxnreg__(kPlain ? 96 : 128)
   Packs packs(me, dims, 0);
   if (one_span) packs.load_weight(weight, p.fwd.weight, weight_vector);
   R* partial = static_cast<R*>(p.partial) + me.unit * dims.d + packs.group_column;
-  const int64_t begin = me.unit * cut.unit_rows, end = min(begin + cut.unit_rows, dims.rows());
-  const auto fetch = [&](int64_t row) {
+  const int64_t begin = me.unit, end = dims.rows(), step = cut.units;
+  const T *next_x = nullptr, *next_z = nullptr, *next_dy = nullptr;  // of the row to fetch
+  if (kPlain) {
+    next_x = packs.row(x, dims, begin);
+    next_dy = packs.row(dy, dims, begin);
+    if (gated) next_z = packs.row(z, dims, begin);
+  }
+  const auto fetch = [&](int64_t row, int to) {
     if (row < end) {
-      arrivals.fetch(packs, x, dims, row, 0);
-      arrivals.fetch(packs, dy, dims, row, 1);
-      if (gated) arrivals.fetch(packs, z, dims, row, 2);
+      arrivals.fetch(packs, next_x, to, 0);
+      arrivals.fetch(packs, next_dy, to, 1);
+      if (gated) arrivals.fetch(packs, next_z, to, 2);
+      next_x += step * x.stride[2];
+      next_dy += step * dy.stride[2];
+      next_z += step * z.stride[2];
     }
     __pipeline_commit();
   };
-  if (kPlain) fetch(begin);
-  for (int64_t row = begin; row < end; ++row) {
+  if (kPlain) fetch(begin, 0);
+  for (int64_t row = begin; row < end; row += step, half ^= 1) {
     if (kPlain) {
-      fetch(row + 1);
+      fetch(row + step, half ^ 1);
       __pipeline_wait_prior(1);
     }
     R sums[2] = {};
@@ -124,7 +146,7 @@ __global__ void __maxnreg__(kPlain ? 96 : 128)
       read(packs, row, sums);
     }
     sum_team(me, sums);
-    const R r = norm_scale(sums[0], dims), c = r * r * r * (sums[1] * R(1. / dims.group));
+    const R r = norm_scale(sums[0], mean, eps), c = r * r * r * (sums[1] * mean);
     for (int64_t span = 0; span < spans; ++span) {
       if (!one_span) {
         R again[2] = {};
@@ -194,11 +216,12 @@ const char* launch(const NormBwd& p, cudaStream_t stream) {
     if (!cut.fits()) return "more groups than one launch may have";
     const NormRows<T> x(p.fwd.x, dims), z(p.fwd.z, dims), dy(p.dy, dims), dx(p.dx, dims), dz(p.dz, dims);
     int shared = cut.threads * 16 * NormArrivals<T, kNormValues<R> / NormRows<T>::kPack>::kSlots;
-    auto kernel = norm_bwd<T, R, sizeof(R) < 8>;
-    if (sizeof(R) == 8 || !norm_is_plain<T>(p.fwd, cut, {x, z, dy, dx, dz}) || !may_share(kernel, shared)) {
-      kernel = norm_bwd<T, R, false>;
-      shared = 0;
+    auto kernel = norm_bwd<T, R, Gate::any>;
+    if constexpr (sizeof(R) < 8) {
+      const auto plain = by_gate(p.fwd, [&]<Gate kGate>() { return norm_bwd<T, R, kGate>; });
+      if (norm_is_plain<T>(p.fwd, cut, {x, z, dy, dx, dz}) && may_share(plain, shared)) kernel = plain;
     }
+    if (kernel == norm_bwd<T, R, Gate::any>) shared = 0;
     kernel<<<unsigned(cut.blocks), cut.threads, shared, stream>>>(p, cut, x, z, dy, dx, dz,
                                                                   weight_packs_align<T>(p.fwd));
     if (const char* error = launch_error()) return error;

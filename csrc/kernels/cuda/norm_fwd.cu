@@ -3,11 +3,11 @@
 //   after the gate:  v = x silu(z), y = v r w;   before it:  v = x, y = v r w silu(z);
 //   r = (mean v^2 + eps)^-1/2 over a group
 //
-// A team of threads owns one group in a run of rows (see norm.cuh): it reads a row once, holds v and the
+// A team of threads owns one group in the rows of a unit (see norm.cuh): it reads a row once, holds v and the
 // weights in registers, and meets for the sum of squares. Shared memory: the sums of the warps, 128 bytes.
 //
-// Bound by memory: 16384 x 5120 bfloat16 with z take 0.172 ms on an H100, 2.9 TB/s of its bytes where a copy
-// has 3.0 (issue slots 47 % busy, special functions 31 %).
+// Bound by memory: 16384 x 5120 bfloat16 with z take 0.173 ms on an H100, 2.9 TB/s of its bytes where a copy
+// has 3.0.
 #include "kernels/cuda/norm.cuh"
 
 namespace mamba_ops {
@@ -16,21 +16,25 @@ namespace gpu {
 
 namespace {
 
-constexpr int64_t kThreads = 1 << 21;  // of a large call: runs of rows short enough to even out
+constexpr int64_t kThreads = 1 << 21;  // of a large call: units of a few rows even out
 
-template <class T, bool kPlain>
-__global__ void __launch_bounds__(kNormThreads, kPlain ? 2 : 1)
+template <class T, Gate kGate>
+__global__ void __launch_bounds__(kNormThreads, kGate != Gate::any ? 2 : 1)
     norm_fwd(const NormFwd p, const NormCut cut, const NormRows<T> x, const NormRows<T> z,
              const NormRows<T> y, const bool weight_vector) {
   using R = Real<T>;
+  constexpr bool kPlain = kGate != Gate::any;
   constexpr int kPack = NormRows<T>::kPack, kPacks = kNormValues<R> / kPack;
   using Packs = NormPacks<T, kPacks, kPlain>;
   __shared__ R s_sums[2][kNormThreads / 32][1];
   const NormDims& dims = p.dims;
   const NormTeam me(cut);
   if (me.unit >= cut.units) return;
-  const bool gated = z.data, before = dims.norm_before_gate, one_span = kPlain || cut.spans == 1;
+  const bool gated = kPlain ? kGate != Gate::none : z.data != nullptr;
+  const bool before = kPlain ? kGate == Gate::before : dims.norm_before_gate;
+  const bool one_span = kPlain || cut.spans == 1;
   const int64_t spans = one_span ? 1 : cut.spans;
+  const R mean = R(1) / R(dims.group), eps = R(dims.eps);
   TeamSums<R, 1> sum_team{s_sums};
 
   R v[kPacks][kPack], weight[kPacks][kPack];
@@ -58,13 +62,13 @@ __global__ void __launch_bounds__(kNormThreads, kPlain ? 2 : 1)
 
   Packs packs(me, dims, 0);
   if (one_span) packs.load_weight(weight, p.weight, weight_vector);
-  const int64_t begin = me.unit * cut.unit_rows, end = min(begin + cut.unit_rows, dims.rows());
-  for (int64_t row = begin; row < end; ++row) {
+  const int64_t begin = me.unit, end = dims.rows(), step = cut.units;
+  for (int64_t row = begin; row < end; row += step) {
     R squares[1] = {0};
     for (int64_t span = 0; span < spans; ++span)
       squares[0] += read(one_span ? packs : Packs(me, dims, span), row);
     sum_team(me, squares);
-    const R scale = norm_scale(squares[0], dims);
+    const R scale = norm_scale(squares[0], mean, eps);
     for (int64_t span = 0; span < spans; ++span) {
       if (!one_span) {
         packs = Packs(me, dims, span);
@@ -98,8 +102,10 @@ const char* rms_norm_gated_fwd_cuda(const NormFwd& p, void* cuda_stream) {
     const NormCut cut = norm_cut<Real<T>>(dims, kThreads, INT64_MAX);
     if (!cut.fits()) return "more groups than one launch may have";
     const NormRows<T> x(p.x, dims), z(p.z, dims), y(p.y, dims);
-    const bool plain = sizeof(T) < 8 && norm_is_plain<T>(p, cut, {x, z, y});
-    const auto kernel = plain ? norm_fwd<T, sizeof(T) < 8> : norm_fwd<T, false>;
+    auto kernel = norm_fwd<T, Gate::any>;
+    if constexpr (sizeof(T) < 8)
+      if (norm_is_plain<T>(p, cut, {x, z, y}))
+        kernel = by_gate(p, [&]<Gate kGate>() { return norm_fwd<T, kGate>; });
     kernel<<<unsigned(cut.blocks), cut.threads, 0, stream>>>(p, cut, x, z, y, weight_packs_align<T>(p));
     return launch_error();
   });
