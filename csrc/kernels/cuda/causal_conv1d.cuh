@@ -80,12 +80,13 @@ ConvTiles conv_tiles(const ConvDims& dims, int max_chunks) {
 }
 
 // f.template operator()<T, kC, kT>() for the storage type and the layout of x. A pack of channels is 8 bytes
-// (16 of double): more would take registers away from threads, and those keep more bytes in flight.
-template <int kTokens, class F>
+// (16 of double): more would take registers away from threads, and those keep more bytes in flight. A pack of
+// tokens has 8 values, kWidePack of float and double.
+template <int kTokens, int kWidePack, class F>
 auto by_layout(const ConvDims& dims, const View& x, F f) {
   return by_storage(x.dtype, [&]<class T>() {
     constexpr int kC = sizeof(T) == 2 ? 4 : 2;
-    constexpr int kPack = sizeof(T) == 2 ? 8 : 4;
+    constexpr int kPack = sizeof(T) == 2 ? 8 : kWidePack;
     return channel_last(dims, x) ? f.template operator()<T, kC, kTokens>()
                                  : f.template operator()<T, 1, kPack>();
   });

@@ -206,9 +206,9 @@ __global__ void __launch_bounds__(kConvThreads, kC == 1 || kForm == ConvForm::fu
     const int k = i / tiles.channels, c = i % tiles.channels;  // k: as in weight, then the bias
     if (me.block_channel + c >= dims.d) continue;
     const R* from = s_sums[k < dims.w ? dims.w - 1 - k : kHalo] + c;
-    double total = 0;
+    R total = 0;
     for (int s = 0; s < me.strips; ++s) total += from[s * tiles.channels];
-    partial[k * ld + c] = R(total);
+    partial[k * ld + c] = total;
   }
 }
 
@@ -293,7 +293,7 @@ int64_t groups_of(const ConvDims& dims, const ConvTiles& tiles) {
 
 int64_t causal_conv1d_groups_cuda(const ConvFwd& p) {
   using namespace gpu;
-  return by_layout<kTokens>(p.dims, p.x, [&]<class T, int kC, int kT>() {
+  return by_layout<kTokens, 8>(p.dims, p.x, [&]<class T, int kC, int kT>() {
     return groups_of(p.dims, conv_tiles<kC, kT>(p.dims, kMaxChunks));
   });
 }
@@ -304,7 +304,7 @@ const char* causal_conv1d_bwd_cuda(const ConvBwd& p, const Sequences& seqs, int6
   const ConvDims& dims = p.fwd.dims;
   const cudaStream_t stream = static_cast<cudaStream_t>(cuda_stream);
   if (dims.b * dims.d * dims.l > 0) {
-    const char* error = by_layout<kTokens>(dims, p.fwd.x, [&]<class T, int kC, int kT>() -> const char* {
+    const char* error = by_layout<kTokens, 8>(dims, p.fwd.x, [&]<class T, int kC, int kT>() -> const char* {
       const ConvTiles tiles = conv_tiles<kC, kT>(dims, kMaxChunks);
       if (!tiles.fits()) return "more tiles than one launch may have";
       const auto kernel = by_form<T, kC, kT>(dims, {&p.fwd.x, &p.dy, &p.dx},

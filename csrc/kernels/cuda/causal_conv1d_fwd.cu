@@ -167,7 +167,7 @@ const char* causal_conv1d_fwd_cuda(const ConvFwd& p, const Sequences& seqs, int6
   const ConvDims& dims = p.dims;
   const cudaStream_t stream = static_cast<cudaStream_t>(cuda_stream);
   if (dims.b * dims.d * dims.l > 0) {
-    const char* error = by_layout<kTokens>(dims, p.x, [&]<class T, int kC, int kT>() -> const char* {
+    const char* error = by_layout<kTokens, 4>(dims, p.x, [&]<class T, int kC, int kT>() -> const char* {
       const ConvTiles tiles = conv_tiles<kC, kT>(dims, kMaxChunks);
       if (!tiles.fits()) return "more tiles than one launch may have";
       const auto kernel = by_form<T, kC, kT>(dims, {&p.x, &p.y},
