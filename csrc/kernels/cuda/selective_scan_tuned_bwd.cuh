@@ -1,15 +1,18 @@
-// The tuned backward of the selective scan: how its work is cut, its scratch and shared memory, and the first
-// of its two ways through a window of 64 tokens.
+// The tuned backward of the selective scan: how its work is cut, its scratch
+// and shared memory, and the first of its two ways through a window of 64
+// tokens.
 #pragma once
 #include "kernels/cuda/selective_scan_tuned_factors.cuh"
 
 namespace mamba_ops::gpu {
 
-inline constexpr int kBwdWarps = 6, kBwdBlocks = 2;             // of a block; blocks of a multiprocessor
+inline constexpr int kBwdWarps = 6,
+                     kBwdBlocks = 2;                            // of a block; blocks of a multiprocessor
 inline constexpr int kBwdChannels = kBwdWarps * kWarpChannels;  // of a block
 inline constexpr int kGroupSums = 2 * kGroup * kTunedState;     // dB and dC of a group
 
-// Rows are cut into segments, segments into pieces; a piece is a whole number of windows of 64 tokens.
+// Rows are cut into segments, segments into pieces; a piece is a whole number
+// of windows of 64 tokens.
 struct BwdCut {
   int64_t piece_tokens;
   int segments, pieces;              // pieces of a segment
@@ -22,11 +25,13 @@ struct BwdCut {
 
 // Scratch memory.
 struct BwdWork {
-  float* carry;   // (segments, b, d, n): the state gradient that enters a segment, then a piece, on its right
-  float* steps;   // (segments, b, d): sum of the steps of a segment
-  float* sums_A;  // (segments, pieces, b, d, n)
-  float* sums_d;  // (segments, pieces, b, 2, d): dD, ddelta_bias
-  float* sums_BC;  // (channel blocks, b, segments, portion, groups of a piece, kGroupSums)
+  float* carry;    // (segments, b, d, n): the state gradient that enters a
+                   // segment, then a piece, on its right
+  float* steps;    // (segments, b, d): sum of the steps of a segment
+  float* sums_A;   // (segments, pieces, b, d, n)
+  float* sums_d;   // (segments, pieces, b, 2, d): dD, ddelta_bias
+  float* sums_BC;  // (channel blocks, b, segments, portion, groups of a piece,
+                   // kGroupSums)
   int* taken;      // (launches): pieces that blocks have taken
   int* done;       // (segments, b, channel blocks): pieces that are done
   int counters;    // of both
@@ -44,8 +49,8 @@ inline constexpr int kWindowGroups = kScanCheckpointCuda / kGroup;
 inline constexpr int kFactorRow = kTunedState + 4;  // floats of a token of B or C, against bank conflicts
 inline constexpr int kHalf = kGroup / 2;            // tokens of which sums over states are taken at once
 
-// A value for each token and channel of a group. Tokens 4 and up lie in swapped pairs, against bank
-// conflicts.
+// A value for each token and channel of a group. Tokens 4 and up lie in swapped
+// pairs, against bank conflicts.
 struct TokenValues {
   float value[kGroup][kWarpChannels];
 
@@ -54,18 +59,22 @@ struct TokenValues {
   __device__ float2& pair(int token) { return *reinterpret_cast<float2*>(&at(token, threadIdx.x % 4 * 2)); }
 };
 
-// What the first way through a window leaves for the second one; there it makes room for the group's sums.
+// What the first way through a window leaves for the second one; there it makes
+// room for the group's sums.
 union BwdGroup {
   struct {
     float4 states[kWarp];  // that enter the group
-    // input: delta u; go and input: times kOperandScale; slope: of the softplus.
+    // input: delta u; go and input: times kOperandScale; slope: of the
+    // softplus.
     TokenValues delta, slope, input, go;
   };
-  float4 sums[2 * kWarp];  // dB, then dC: value 2 k + s of a lane is of token 2 q + k and state 2 g + s
+  float4 sums[2 * kWarp];  // dB, then dC: value 2 k + s of a lane is of token 2
+                           // q + k and state 2 g + s
 };
 
-// Products with B and C, and sums over channels, run on the tensor cores. Not so in float16: they would cut
-// the operands to as many bits as the results have.
+// Products with B and C, and sums over channels, run on the tensor cores. Not
+// so in float16: they would cut the operands to as many bits as the results
+// have.
 template <class T>
 inline constexpr bool kTensorSums = std::is_same_v<T, bf16>;
 
@@ -76,7 +85,8 @@ struct BwdShared {
   BwdGroup group[kWindowGroups];
   float4 rates[kWarp];  // A of the states 4 q and up of channel g
   float bias[kWarpChannels], D[kWarpChannels];
-  float4 over_states[kHalf][kWarp + 4];  // a lane's part of s and sum_i A w, for its two channels
+  float4 over_states[kHalf][kWarp + 4];  // a lane's part of s and sum_i A w, for
+                                         // its two channels
   char* start[kTensors];                 // of the window, at the warp's first channel
 };
 template <class T, bool = kTensorSums<T>>
@@ -89,7 +99,8 @@ struct BwdWarp<T, false> : BwdShared {
     float factors[2 * kGroup * kTunedState];  // of the first way
     struct {
       float B[kGroup][kFactorRow], C[kGroup][kFactorRow];
-      float4 over_channels[kHalf][kWarp];  // a lane's part of dB and dC for its two states
+      float4 over_channels[kHalf][kWarp];  // a lane's part of dB and dC for its
+                                           // two states
     };
   };
 };
@@ -148,7 +159,8 @@ struct BwdWindow {
   __device__ bool cut_short(int group) const { return tail < kGroup && group + 1 == groups; }
 };
 
-// What the first way needs of the warp's channels, and where its last window begins.
+// What the first way needs of the warp's channels, and where its last window
+// begins.
 template <class T>
 __device__ void put_channels(const ScanBwd& params, const BwdPlace& at, BwdWarp<T>& shared, int64_t token) {
   const ScanFwd& p = params.fwd;
@@ -276,70 +288,53 @@ __device__ void run_again(const ScanBwd& params, const BwdStrides& strides, cons
       output.advance(strides.bytes[kC]);
     }
   };
-  // What a group's recurrence and dz need of its tokens; made while the group before is run.
-  struct Tokens {
-    float steps[2], inputs[2];
-    float2 u, dy, z, sigmoid;
-    typename Input::Raw B;
-    typename Output::Raw C;
-  };
-  const auto prepare = [&](int group) {
-    Tokens t;
+  load(0);
+  for (int group = 0; group < window.groups; ++group) {
     const bool cut_short = window.cut_short(group);
-    const float2 raw = delta.values(next_delta);
-    t.u = u.values(next_u), t.dy = dy.values(next_dy), t.z = {}, t.sigmoid = {1, 1};
-    t.B = next_B, t.C = next_C;
-    float2 go = t.dy;
+    const float2 us = u.values(next_u), raw = delta.values(next_delta), dys = dy.values(next_dy);
+    float2 zs{}, s{1, 1}, go = dys;
     if (kGate) {
-      t.z = z.values(next_z);
-      t.sigmoid = sigmoids(t.z.x, t.z.y);
-      go = {t.dy.x * t.z.x * t.sigmoid.x, t.dy.y * t.z.y * t.sigmoid.y};
+      zs = z.values(next_z);
+      s = sigmoids(zs.x, zs.y);
+      go = {dys.x * zs.x * s.x, dys.y * zs.y * s.y};
     }
+    BwdGroup& kept = shared.group[group];
+    kept.states[lane] = make_float4(state[0], state[1], state[2], state[3]);
+    float steps[2], inputs[2];
 #pragma unroll
     for (int k = 0; k < 2; ++k) {
-      const bool beyond = cut_short && 2 * q + k >= window.tail;
+      const int t = 2 * q + k;
       float slope;
-      const float step = step_log2<T>((k ? raw.y : raw.x) + bias, dims.softplus, slope);
-      t.steps[k] = beyond ? 0.f : step;
-      t.inputs[k] = t.steps[k] * input_scale * (k ? t.u.y : t.u.x);
-      if (group >= window.groups) continue;
-      BwdGroup& kept = shared.group[group];
-      kept.delta.at(2 * q + k, g) = t.steps[k];
-      kept.slope.at(2 * q + k, g) = beyond ? 0.f : slope;
-      kept.input.at(2 * q + k, g) = t.inputs[k];
-      kept.go.at(2 * q + k, g) = (k ? go.y : go.x) * go_scale;
+      steps[k] = step_log2<T>((k ? raw.y : raw.x) + bias, dims.softplus, slope);
+      if (cut_short && t >= window.tail) steps[k] = slope = 0;
+      inputs[k] = steps[k] * input_scale * (k ? us.y : us.x);
+      kept.delta.at(t, g) = steps[k];
+      kept.slope.at(t, g) = slope;
+      kept.input.at(t, g) = inputs[k];
+      kept.go.at(t, g) = (k ? go.y : go.x) * go_scale;
     }
-    return t;
-  };
-  load(0);
-  Tokens tokens = prepare(0);
-  if (window.groups > 1) load(1);
-  for (int group = 0; group < window.groups; ++group) {
-    const Tokens now = tokens;
-    shared.group[group].states[lane] = make_float4(state[0], state[1], state[2], state[3]);
-    input.begin(now.B, now.inputs);
-    if (kGate) output.begin(now.C);
+    input.begin(next_B, inputs);
+    if (kGate) output.begin(next_C);
+    if (group + 1 < window.groups) load(group + 1);
     float a[kGroup][kLaneStates], h[kGroup][kLaneStates];
 #pragma unroll
     for (int p = 0; p < 4; ++p) {
       if (p % 2 == 0) input.inputs(h, p / 2);
-      decays(a, now.steps, A, p);
+      decays(a, steps, A, p);
       advance(h, a, state, p);
       if (kGate) output.outputs(h, p);
-      if (p == 0) tokens = prepare(group + 1);
     }
     if (kGate) {
-      const float2 sum = output.result(), s = now.sigmoid;
-      const float2 o = {fmaf(D, now.u.x, sum.x), fmaf(D, now.u.y, sum.y)};
-      const float2 dzs = {now.dy.x * o.x * s.x * fmaf(now.z.x, 1 - s.x, 1.f),
-                          now.dy.y * o.y * s.y * fmaf(now.z.y, 1 - s.y, 1.f)};
-      if (window.cut_short(group))
+      const float2 sum = output.result();
+      const float2 o = {fmaf(D, us.x, sum.x), fmaf(D, us.y, sum.y)};
+      const float2 dzs = {dys.x * o.x * s.x * fmaf(zs.x, 1 - s.x, 1.f),
+                          dys.y * o.y * s.y * fmaf(zs.y, 1 - s.y, 1.f)};
+      if (cut_short)
         dz.store_some(dz_view, moves, dzs, window.tail);
       else
         dz.store(dz_view, moves, dzs);
       dz.advance(strides.bytes[kDz]);
     }
-    if (group + 2 < window.groups) load(group + 2);
   }
   __syncwarp();
 }
