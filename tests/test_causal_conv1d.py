@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import mamba_ops
@@ -74,6 +74,19 @@ def test_whole_packs(device: str, dtype: torch.dtype, w: int, pack: str | None, 
         check(OPERATOR, cases.causal_conv1d(b, d, l, w, pack=pack, layout=layout, **options))
 
 
+@pytest.mark.parametrize("layout", ["contiguous", "transposed"])
+@pytest.mark.parametrize("pack", cases.PACKS)
+def test_many_tiles(device: str, pack: str | None, layout: str) -> None:
+    """Large enough that the threads of a GPU take several packs in turn, and the last ones fewer."""
+    if device == "cpu":
+        pytest.skip("a path of CUDA")
+    sizes, options = ((1, 1040, 4936) if pack == "cu_seqlens" else (2, 1040, 2472)), CONV_OPTIONS
+    inputs = cases.causal_conv1d(
+        *sizes, options=options, layout=layout, dtype=torch.bfloat16, device=device, pack=pack
+    )
+    check(OPERATOR, inputs)
+
+
 @pytest.mark.parametrize("layout", cases.LAYOUTS)
 @pytest.mark.parametrize("pack", cases.PACKS)
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -136,20 +149,21 @@ def test_more_than_2_to_the_31_elements(large_gpu: str, channel_last: bool) -> N
         torch.testing.assert_close(a, b)
 
 
-@settings(max_examples=80)
+@settings(max_examples=80, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
-def test_any_shape_and_options(data: st.DataObject) -> None:
-    draw = data.draw
+def test_any_shape_and_options(device: str, data: st.DataObject) -> None:
+    draw, whole = data.draw, st.integers(1, 20).map(lambda i: 8 * i)
     pack = draw(st.sampled_from(cases.PACKS))
     inputs = cases.causal_conv1d(
         1 if pack == "cu_seqlens" else draw(st.integers(1, 3)),
-        draw(st.integers(4, 80)),
-        draw(st.integers(1, 200)),
+        draw(st.integers(4, 80) | whole),
+        draw(st.integers(1, 200) | whole),
         draw(st.integers(2, 4)),
         options=draw(st.sets(st.sampled_from(CONV_OPTIONS))),
         pack=pack,
         layout=draw(st.sampled_from(cases.LAYOUTS)),
         dtype=draw(st.sampled_from(DTYPES)),
+        device=device,
         seed=draw(st.integers(0, 1000)),
     )
     check(OPERATOR, inputs)

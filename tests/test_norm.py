@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import mamba_ops
@@ -90,7 +90,7 @@ def test_more_than_2_to_the_31_elements(large_gpu: str) -> None:
         torch.testing.assert_close(a, b)
 
 
-@settings(max_examples=50)
+@settings(max_examples=50, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     shape=st.lists(st.integers(1, 9), min_size=0, max_size=3),
     group=st.integers(1, 70),
@@ -102,6 +102,7 @@ def test_more_than_2_to_the_31_elements(large_gpu: str) -> None:
     seed=st.integers(0, 1000),
 )
 def test_any_shape_and_options(
+    device: str,
     shape: list[int],
     group: int,
     groups: int,
@@ -113,4 +114,5 @@ def test_any_shape_and_options(
 ) -> None:
     layout = layout if shape else "contiguous"
     options = {"norm_before_gate": before, "gate": gate, "layout": layout, "dtype": dtype, "seed": seed}
-    check(OPERATOR, cases.rms_norm_gated(*shape, group * groups, group_size=group, **options))
+    sizes = (*shape, group * groups)
+    check(OPERATOR, cases.rms_norm_gated(*sizes, group_size=group, device=device, **options))
