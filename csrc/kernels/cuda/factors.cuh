@@ -211,11 +211,12 @@ struct Float32 : PlainFactors<float> {
   static constexpr DType kType = DType::f32;
   static constexpr int kPadAlong = 8, kPadAcross = 4;  // free of bank conflicts, for rows of 32 k values
 
-  // v = high + low, each as TF32: the instruction drops what that has not. On the left high is rounded, so
-  // that products of two low parts, which are left out, have no sign of their own.
+  // v = high + low, each as TF32: the instruction drops what that has not. high is rounded: low then has a bit
+  // more than TF32 at most, and products of two low parts, which are left out, have no sign of their own.
   struct Prepared {
     uint32_t high[2][4], low[2][4];
   };
+  __device__ static uint32_t rounded(float v) { return __float_as_uint(v) + 0x1000; }
   __device__ static uint32_t rest(float v, uint32_t high) {
     return __float_as_uint(v - __uint_as_float(high & 0xffffe000));
   }
@@ -224,7 +225,7 @@ struct Float32 : PlainFactors<float> {
 #pragma unroll
     for (int i = 0; i < 8; ++i) {
       const float v = a.v[i / 4][i % 4];
-      result.high[i / 4][i % 4] = __float_as_uint(v) + 0x1000;
+      result.high[i / 4][i % 4] = rounded(v);
       result.low[i / 4][i % 4] = rest(v, result.high[i / 4][i % 4]);
     }
     return result;
@@ -239,7 +240,7 @@ struct Float32 : PlainFactors<float> {
       for (int k = 0; k < 4; k += 2)
 #pragma unroll
         for (int i = 0; i < kColumns; ++i) {
-          uint32_t right[2] = {__float_as_uint(b[i].v[k]), __float_as_uint(b[i].v[k + 1])};
+          uint32_t right[2] = {rounded(b[i].v[k]), rounded(b[i].v[k + 1])};
 #pragma unroll
           for (int m = 0; m < 2; ++m)
             if (low) right[m] = rest(b[i].v[k + m], right[m]);
