@@ -42,7 +42,7 @@ SHARED = "paper's listing, one C B per group, compiled"
 
 LENGTHS = (256, 512, 1024, 2048, 4096, 8192, 16384)
 GPU_LENGTHS = tuple(512 * 4**k for k in range(5)) + (1 << 20,)
-DRAWN_TOKENS = 16384  # longer inputs of a scan repeat them: they are drawn in float64 on the CPU
+DRAWN_TOKENS = 16384  # longer inputs repeat them: they are drawn in float64 on the CPU
 
 
 @dataclass(frozen=True)
@@ -173,16 +173,19 @@ def ssd(
     options = (*SSD_OPTIONS, "z") if gate else SSD_OPTIONS
     kind = {"dtype": dtype, "device": device, "groups": (groups, groups)}
     words = (f" g{groups}" if groups > 1 else "") + (" z" if gate else "")
+    time = {"x": 1, "dt": 1, "B": 1, "C": 1, "z": 1, "y": 1}
+    drawn = min(l, DRAWN_TOKENS)
+    draw = partial(make.ssd, b, drawn, h, p, n, options=options, **kind)
     return Case(
         f"ssd/{direction}/{_short(dtype)}{tag}",
         f"ssd b{b} l{l} h{h} p{p} n{n}{words} {_short(dtype)}, {_words(direction)}",
-        partial(make.ssd, b, l, h, p, n, options=options, **kind),
+        draw if drawn == l else partial(_repeated, draw, l // drawn, time),
         (operator("ssd", direction, path), *peers),
         listing,
         dtype,
         must,
         goal_ms,
-        {"x": 1, "dt": 1, "B": 1, "C": 1, "z": 1, "y": 1},
+        time,
         ("ssd" + ("" if direction == "forward" else ", " + _words(direction)), l) if series else None,
     )
 

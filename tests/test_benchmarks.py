@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks import baselines, compare, run, table
+from benchmarks import baselines, compare, contenders, run, table
 from benchmarks.cases import Case, Must
 from benchmarks.contenders import OURS, Contender, Fresh
 from benchmarks.timing import Clock, Times, interleave
@@ -95,6 +95,24 @@ def _scan_case(ours: Contender) -> Case:
     inputs = cases.selective_scan(1, 4, 16, 2, options=("D", "z"))
     truth = Contender("truth", lambda inputs: lambda: {"y": baselines.scan_recurrence(**inputs)})
     return Case("scan", "scan", lambda: inputs, (ours, truth), truth, must=Must("faster", 2, "truth"))
+
+
+@pytest.mark.parametrize("wrong", [False, True])
+def test_long_calls_are_checked_on_their_first_tokens(monkeypatch: pytest.MonkeyPatch, wrong: bool) -> None:
+    monkeypatch.setattr(run, "CHECKED_TOKENS", 12)
+    inputs = cases.selective_scan(1, 4, 40, 2, options=("D", "z"))
+
+    def scan(**given: torch.Tensor) -> torch.Tensor:
+        y = baselines.scan_recurrence(**given)
+        return torch.cat([2 * y[..., :1], y[..., 1:]], -1) if wrong else y
+
+    truth = contenders.peer("truth", baselines.scan_recurrence, "both")
+    time = {"u": 2, "delta": 2, "z": 2, "B": 2, "C": 2, "y": 2}
+    case = Case(
+        "scan", "scan", lambda: inputs, (contenders.peer(OURS, scan, "both"), truth), truth, time=time
+    )
+    _, errors, left_out = run.check(case)
+    assert (OURS in errors, OURS in left_out) == (not wrong, wrong)
 
 
 @pytest.mark.parametrize(("factor", "right"), [(1.0, True), (1.001, False)])
