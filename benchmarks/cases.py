@@ -173,12 +173,13 @@ def ssd(
     options = (*SSD_OPTIONS, "z") if gate else SSD_OPTIONS
     kind = {"dtype": dtype, "device": device, "groups": (groups, groups)}
     words = (f" g{groups}" if groups > 1 else "") + (" z" if gate else "")
+    forced = "" if path == "auto" else f", {path} kernels"
     time = {"x": 1, "dt": 1, "B": 1, "C": 1, "z": 1, "y": 1}
     drawn = min(l, DRAWN_TOKENS)
     draw = partial(make.ssd, b, drawn, h, p, n, options=options, **kind)
     return Case(
         f"ssd/{direction}/{_short(dtype)}{tag}",
-        f"ssd b{b} l{l} h{h} p{p} n{n}{words} {_short(dtype)}, {_words(direction)}",
+        f"ssd b{b} l{l} h{h} p{p} n{n}{words} {_short(dtype)}, {_words(direction)}{forced}",
         draw if drawn == l else partial(_repeated, draw, l // drawn, time),
         (operator("ssd", direction, path), *peers),
         listing,

@@ -77,7 +77,7 @@ def cases() -> Iterator[Case]:
     for b, must in ((1, 2.0), (64, 6.0)):
         yield _case(
             f"model/token/mamba2/2.7b/b{b}",
-            f"Mamba-2 of 2.7 billion, batch {b}, one token in a CUDA graph, states in bfloat16",
+            f"Mamba-2 of 2.7 billion, batch {b}, one token in a CUDA graph, states too",
             Contender(OURS, partial(_token, b)),
             must=must,
         )
@@ -127,7 +127,7 @@ def _case(
     make: Callable[[], Inputs] = dict,
 ) -> Case:
     demand = Must("ms", must, "H200")
-    return Case(name, f"{title}, bfloat16", make, contenders, None, torch.bfloat16, demand, goal_ms)
+    return Case(name, f"{title}; bfloat16", make, contenders, None, torch.bfloat16, demand, goal_ms)
 
 
 def _layer(library: str, name: str, inputs: Inputs) -> Run:

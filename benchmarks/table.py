@@ -9,6 +9,7 @@ import argparse
 import json
 import re
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +34,7 @@ def line(name: str, record: dict[str, Any]) -> str:
 def render(report: dict[str, Any]) -> str:
     """The tables in Markdown: where it was measured, cases against peers, and time against length."""
     cases = report["cases"].values()
-    parts = [_where(report)]
+    parts = [_where(report) + _missing(cases)]
     plain = [record for record in cases if "series" not in record]
     if plain:
         rows = [_row(record) for record in plain]
@@ -88,6 +89,16 @@ def _where(report: dict[str, Any]) -> str:
     return f"{measured} Milliseconds: medians (quartiles) of one interleaved run."
 
 
+def _missing(cases: Iterable[dict[str, Any]]) -> str:
+    """The peers that were not there, once for all rows."""
+    names = {name for record in cases for name, reason in record["left_out"].items() if _absent(reason)}
+    return f" Not installed: {', '.join(sorted(names))}." if names else ""
+
+
+def _absent(reason: str) -> bool:
+    return reason.startswith("not installed")
+
+
 def _median(times: dict[str, Any] | None) -> str:
     return "" if times is None else milliseconds(times["median"])
 
@@ -104,7 +115,7 @@ def _row(record: dict[str, Any]) -> list[str]:
         if name != OURS:
             ratio = record.get("ratios", {}).get(name)
             peers.append(f"{name} {_median(t)}" + (f" ({ratio:.3g} x)" if ratio is not None else ""))
-    peers += [f"{name}: {reason}" for name, reason in left_out.items() if name != OURS]
+    peers += [f"{n}: {reason}" for n, reason in left_out.items() if n != OURS and not _absent(reason)]
     met = {True: "yes", False: "no", None: ""}[record.get("met")]
     goal = f"{record['goal_ms']:g}" if "goal_ms" in record else ""
     return [record["title"], ours, "; ".join(peers), record.get("must", ""), met, goal]
