@@ -211,8 +211,8 @@ struct Float32 : PlainFactors<float> {
   static constexpr DType kType = DType::f32;
   static constexpr int kPadAlong = 8, kPadAcross = 4;  // free of bank conflicts, for rows of 32 k values
 
-  // v = high + low, each as TF32: the instruction drops what that has not. high is rounded: low then has a bit
-  // more than TF32 at most, and products of two low parts, which are left out, have no sign of their own.
+  // v = high + low, each as TF32: the instruction drops what that has not. high is rounded: low then has a
+  // bit more than TF32 at most, and products of two low parts, which are left out, have no sign of their own.
   struct Prepared {
     uint32_t high[2][4], low[2][4];
   };

@@ -12,6 +12,7 @@
 // rows than eight, or than fit: one launch after the other. Bound by the bytes of W.
 #include <algorithm>
 
+#include "kernels/cuda/device.h"
 #include "kernels/cuda/load_store.cuh"
 #include "kernels/cuda/mma.cuh"
 #include "kernels/norm_linear.h"
@@ -217,14 +218,10 @@ NormLinear rows_of(NormLinear p, int64_t begin, int64_t b) {
 const char* norm_linear_cuda(const NormLinear& p, void* cuda_stream) {
   using namespace gpu;
   if (p.b * p.n == 0) return nullptr;
-  int device = 0, blocks = 0, shared_limit = 0;
-  cudaGetDevice(&device);
-  cudaDeviceGetAttribute(&blocks, cudaDevAttrMultiProcessorCount, device);
-  cudaDeviceGetAttribute(&shared_limit, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
   const Shape shape = {(p.n + kTile - 1) / kTile, int((p.k + kSpan - 1) / kSpan * kSpan)};
   const int64_t slot_bytes = kAhead * kThreads * 16, static_bytes = 1024,
                 row_bytes = pitch_of(shape.columns) * 2 + 2 * kGroup * kWarps * kTile * 4;
-  const int64_t rows = std::min<int64_t>(kMaxRows, (shared_limit - static_bytes - slot_bytes) / row_bytes);
+  const int64_t rows = std::min<int64_t>(kMaxRows, (shared_bytes() - static_bytes - slot_bytes) / row_bytes);
   if (rows < 1) return "a row does not fit into shared memory";
   bool vector = p.k % kPack == 0 && packs_align(p.weight, 1, {p.n}, kPack);
   for (const View* v : {&p.x, &p.residual, &p.z, &p.sum, &p.norm})
@@ -233,7 +230,7 @@ const char* norm_linear_cuda(const NormLinear& p, void* cuda_stream) {
   const int shared = int(slot_bytes + std::min(rows, p.b) * row_bytes);
   cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared);
   for (int64_t begin = 0; begin < p.b; begin += rows)
-    kernel<<<unsigned(std::min<int64_t>(blocks, shape.tiles)), kThreads, shared,
+    kernel<<<unsigned(std::min(multiprocessors(), shape.tiles)), kThreads, shared,
              static_cast<cudaStream_t>(cuda_stream)>>>(rows_of(p, begin, std::min(rows, p.b - begin)), shape);
   return launch_error();
 }

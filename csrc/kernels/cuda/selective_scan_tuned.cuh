@@ -12,6 +12,7 @@
 #include <initializer_list>
 #include <optional>
 
+#include "kernels/cuda/device.h"
 #include "kernels/cuda/load_store.cuh"
 #include "kernels/cuda/selective_scan.h"
 #include "kernels/selective_scan.h"
@@ -243,13 +244,6 @@ inline std::optional<Along> tuned_axis(const ScanFwd& p, const Sequences& seqs,
     if (all) return along;
   }
   return std::nullopt;
-}
-
-inline int64_t multiprocessors() {
-  int device = 0, count = 1;
-  cudaGetDevice(&device);
-  cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device);
-  return count;
 }
 
 // f.template operator()<T, kAlong, kGate>().

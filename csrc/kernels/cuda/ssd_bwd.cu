@@ -137,7 +137,7 @@ struct BwdPlan {
     const int64_t at_once =
         std::clamp<int64_t>(kSpanValues / std::max<int64_t>(2 * cell, 1), 1, std::max<int64_t>(cells, 1));
     // Pieces where whole rows are too few blocks for the states.
-    const int64_t processors = processor_count();
+    const int64_t processors = multiprocessors();
     const int64_t blocks = std::max<int64_t>(2 * row_heads * ceil_div(dims.p, 64), 1);
     const int64_t wanted = std::clamp<int64_t>(2 * processors / blocks, 1, most_pieces(at_once));
     const bool spans = at_once < cells;

@@ -66,7 +66,7 @@ SsdPieces pieces_of(const SsdDims& dims) {
   const int64_t q = std::min<int64_t>(dims.q, T::kQ), cells = ceil_div(dims.l, q);
   const int64_t blocks = std::max<int64_t>(dims.b * dims.h * ceil_div(dims.p, T::kP), 1);
   const int64_t wanted =
-      std::clamp<int64_t>(T::kBlocks * processor_count() / blocks, 1,
+      std::clamp<int64_t>(T::kBlocks * multiprocessors() / blocks, 1,
                           std::max<int64_t>(std::min(dims.l / kFewestTokens, most_pieces(cells)), 1));
   SsdPieces pieces{};
   pieces.q = q;

@@ -5,6 +5,7 @@
 #include <cstddef>
 #include <initializer_list>
 
+#include "kernels/cuda/device.h"
 #include "kernels/cuda/factors.cuh"
 #include "kernels/cuda/ssd_states.h"
 #include "kernels/cuda/ssd_steps.cuh"
@@ -298,20 +299,10 @@ inline int64_t most_pieces(int64_t cells) {
   return pieces;
 }
 
-inline int64_t processor_count() {
-  int device = 0, count = 0;
-  cudaGetDevice(&device);
-  cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device);
-  return count;
-}
-
 // Lets a kernel use so much dynamic shared memory, where the device has it.
 template <class Kernel>
 const char* allow_shared(Kernel kernel, int bytes) {
-  int device = 0, most = 0;
-  cudaGetDevice(&device);
-  cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
-  if (bytes > most) return "these sizes need more shared memory than a block has on this GPU";
+  if (bytes > shared_bytes()) return "these sizes need more shared memory than a block has on this GPU";
   cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
   return launch_error();
 }

@@ -38,6 +38,7 @@
 // any GPU); the integer counters of `reduce` only tell which block is last.
 #include <algorithm>
 
+#include "kernels/cuda/device.h"
 #include "kernels/cuda/sm90/ssd_bwd_edges.cuh"
 #include "kernels/cuda/sm90/ssd_bwd_inputs.cuh"
 #include "kernels/cuda/sm90/ssd_bwd_pairs.cuh"
@@ -243,10 +244,7 @@ bool ssd_bwd_hopper_takes(const SsdBwd& p, const Sequences& seqs) {
   // Tokens, tiles and blocks are counted in 32 bits.
   const int64_t blocks = dims.b * ceil_div(dims.l, kTile) * dims.h;
   if (dims.l >= int64_t(1) << 30 || blocks >= int64_t(1) << 30) return false;
-  int device = 0, major = 0;
-  return cudaGetDevice(&device) == cudaSuccess &&
-         cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device) == cudaSuccess &&
-         major == 9;
+  return gpu::device_attribute(cudaDevAttrComputeCapabilityMajor) == 9;
 }
 
 int64_t ssd_bwd_hopper_workspace(const SsdBwd& p, const Sequences& seqs, int64_t) {

@@ -31,6 +31,7 @@
 // drops first; P of both slabs at once where n = 64 leaves the registers (0.119 instead of 0.107 from L2).
 #include <algorithm>
 
+#include "kernels/cuda/device.h"
 #include "kernels/cuda/sm90/ssd_fwd_ends.cuh"
 #include "kernels/cuda/sm90/ssd_fwd_slab.cuh"
 #include "kernels/cuda/sm90/tensor_map.h"
@@ -67,14 +68,6 @@ __global__ void __launch_bounds__(512, 1)
   }
 }
 
-int device_attribute(cudaDeviceAttr attribute) {
-  int device = 0, value = 0;
-  if (cudaGetDevice(&device) != cudaSuccess ||
-      cudaDeviceGetAttribute(&value, attribute, device) != cudaSuccess)
-    return 0;
-  return value;
-}
-
 int slabs_of(const SsdDims& dims) { return dims.p <= 64 ? 1 : int(dims.p / 64); }
 int padded_n(const SsdDims& dims) { return dims.n <= 64 ? 64 : 128; }
 
@@ -107,7 +100,7 @@ FwdArgs fwd_args(const SsdFwd& p, const Sequences& seqs) {
   // Segments of a chain where chains leave SMs idle. What enters one is put together from all ends before it:
   // at most 2 sqrt(chunks) segments.
   Plan& plan = args.plan;
-  const int sms = device_attribute(cudaDevAttrMultiProcessorCount);
+  const int sms = int(multiprocessors());
   plan.chunks = int((dims.l + kQ - 1) / kQ);
   plan.chains = int(dims.b) * args.pairs;
   plan.segments = std::max(1, std::min(sms / plan.chains, plan.chunks / 4));
