@@ -196,7 +196,7 @@ bool ssd_fwd_hopper_takes(const SsdFwd& p, const Sequences& seqs) {
     if (*v && !can_map(v->data, slab_map(dims, *v, 1, 1).dims, 5)) return false;
   if (!can_map(p.B.data, group_map(dims, p.B, dims.groups_B).dims, 4)) return false;
   if (!can_map(p.C.data, group_map(dims, p.C, dims.groups_C).dims, 4)) return false;
-  return device_attribute(cudaDevAttrComputeCapabilityMajor) == 9;
+  return gpu::device_attribute(cudaDevAttrComputeCapabilityMajor) == 9;
 }
 
 int64_t ssd_fwd_hopper_workspace(const SsdFwd& p, const Sequences& seqs, int64_t) {
