@@ -1,7 +1,7 @@
 // Instructions of sm_80 for products of tiles: asynchronous copies into shared memory, matrix loads,
 // mma.sync.
 #pragma once
-#include "kernels/cuda/load_store.cuh"
+#include "kernels/cuda/halves.cuh"
 
 namespace mamba_ops::gpu {
 
@@ -42,24 +42,6 @@ __device__ inline uint32_t turn_matrix(uint32_t row) {
   uint32_t turned;
   asm volatile("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(turned) : "r"(row));
   return turned;
-}
-// Two 16-bit values in a register.
-template <class E>
-__device__ inline uint32_t pack(float low, float high) {
-  uint32_t result;
-  if constexpr (std::is_same_v<E, bf16>)
-    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(result) : "f"(high), "f"(low));
-  else
-    asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(result) : "f"(high), "f"(low));
-  return result;
-}
-template <class E>
-__device__ inline float low(uint32_t two) {
-  return to_real(E{uint16_t(two)});
-}
-template <class E>
-__device__ inline float high(uint32_t two) {
-  return std::is_same_v<E, bf16> ? __uint_as_float(two & 0xffff0000u) : to_real(E{uint16_t(two >> 16)});
 }
 
 // c += a b. Lane 4 r + q holds of c rows r (c[0], c[1]) and r + 8 (c[2], c[3]), columns 2 q, 2 q + 1.

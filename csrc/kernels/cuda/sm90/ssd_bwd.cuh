@@ -1,6 +1,7 @@
 // What the launches of the Hopper SSD backward share: parameters, workspace, work on fragments. See
 // ssd_bwd.cu.
 #pragma once
+#include "kernels/cuda/halves.cuh"
 #include "kernels/cuda/sequences.cuh"
 #include "kernels/cuda/sm90/ptx.cuh"
 #include "kernels/cuda/ssd_steps.cuh"
@@ -70,22 +71,6 @@ __device__ inline float load_dt(const SsdBwdArgs& a, int row, int head, int64_t 
 
 // ---- Pairs of 16-bit values in a word
 
-template <class T>
-__device__ inline uint32_t pack(float low, float high) {
-  uint32_t pair;
-  if constexpr (std::is_same_v<T, bf16>)
-    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(high), "f"(low));
-  else
-    asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(high), "f"(low));
-  return pair;
-}
-template <class T>
-__device__ inline float2 unpack(uint32_t pair) {
-  if constexpr (std::is_same_v<T, bf16>)
-    return {__uint_as_float(pair << 16), __uint_as_float(pair & 0xffff0000u)};
-  else
-    return __half22float2(reinterpret_cast<const __half2&>(pair));
-}
 template <class T>
 __device__ inline uint32_t scale(uint32_t pair, float low, float high) {
   const float2 v = unpack<T>(pair);

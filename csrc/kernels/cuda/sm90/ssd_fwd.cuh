@@ -4,6 +4,7 @@
 // A slab is 64 channels of a head (p < 64: the rest is zero); two slabs that share B and C are a pair, a pair
 // in one batch row is a chain of chunks of kQ tokens. A pair of one slab computes the other for nothing.
 #pragma once
+#include "kernels/cuda/halves.cuh"
 #include "kernels/cuda/sm90/hand_over.cuh"
 #include "kernels/cuda/sm90/ptx.cuh"
 #include "kernels/cuda/ssd_steps.cuh"
@@ -133,15 +134,6 @@ __device__ inline uint32_t parity(uint32_t i, uint32_t ring) { return i / ring %
 // ---- pairs of 16-bit values
 
 template <class T>
-__device__ inline uint32_t pack(float low, float high) {
-  uint32_t pair;
-  if constexpr (std::is_same_v<T, bf16>)
-    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(high), "f"(low));
-  else
-    asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(high), "f"(low));
-  return pair;
-}
-template <class T>
 __device__ inline uint32_t multiply(uint32_t a, uint32_t b) {
   uint32_t product;
   if constexpr (std::is_same_v<T, bf16>)
@@ -149,12 +141,6 @@ __device__ inline uint32_t multiply(uint32_t a, uint32_t b) {
   else
     asm("mul.rn.f16x2 %0, %1, %2;" : "=r"(product) : "r"(a), "r"(b));
   return product;
-}
-template <class T>
-__device__ inline float2 unpack(uint32_t pair) {
-  Pack<T, 2> values;
-  values.word[0] = pair;
-  return {values.at(0), values.at(1)};
 }
 // v / (1 + e^{-v})
 __device__ inline float silu_fast(float v) {
