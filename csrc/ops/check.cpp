@@ -105,7 +105,9 @@ void Checker::device(const char* name, const Tensor& t) const {
     fail(op_, std::string(name) + " must be on " + where(cuda_, !cuda_, device_) +
                   " like the other tensors, got " + where(t.is_cuda(), t.is_cpu(), t.get_device()));
   }
-  if (t.layout() != torch::headeronly::Layout::Strided)
+  int32_t layout = 0;  // torch 2.10's Tensor has no layout()
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_layout(t.get(), &layout));
+  if (layout != aoti_torch_layout_strided())
     fail(op_, std::string(name) + " must be a dense (strided) tensor, got a sparse layout");
 }
 
