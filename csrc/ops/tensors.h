@@ -3,7 +3,7 @@
 #pragma once
 #include "ops/check.h"
 
-#ifndef STABLE_TORCH_ERROR_CODE_CHECK  // torch 2.11 and before: an error without the failed call's own message
+#ifndef STABLE_TORCH_ERROR_CODE_CHECK  // up to torch 2.11: an error without the failed call's own message
 #define STABLE_TORCH_ERROR_CODE_CHECK(call) TORCH_ERROR_CODE_CHECK(call)
 #endif
 
