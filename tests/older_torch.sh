@@ -7,7 +7,7 @@ tests=$(cd "$(dirname "$0")" && pwd)
 
 [ -x "$environment/bin/python" ] || "${PYTHON:-python3}" -m venv "$environment"
 . "$environment/bin/activate"
-python -m pip install -q "torch==$torch" numpy pytest hypothesis
+python -m pip install -q "torch==$torch" numpy pytest pytest-xdist hypothesis
 python -m pip install -q --no-deps --force-reinstall "$wheel"
 
 # Away from the source tree, whose own mamba_ops would come first.
@@ -20,4 +20,4 @@ for file in __init__ conftest cases compare \
 done
 cd "$away"
 python -c 'import mamba_ops, torch; print("torch", torch.__version__, "with", mamba_ops.__path__[0], mamba_ops.build_info())'
-python -m pytest -q -p no:cacheprovider tests
+python -m pytest -q -n 2 -p no:cacheprovider tests
