@@ -181,6 +181,48 @@ def ssd_fla(
     return _skip_and_gate(o, None if D is None else (D[:, None] * x).to(x.dtype), z)
 
 
+# One token of the selective scan: state (b,d,n); u, delta, z (b,d); A (d,n); B, C (b,n); D, delta_bias (d).
+
+
+def scan_update_torch(
+    state: Tensor,
+    u: Tensor,
+    delta: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor,
+    z: Tensor,
+    delta_bias: Tensor,
+    delta_softplus: bool,
+) -> Tensor:
+    """The recurrence as expressions; leaves the state as it was."""
+    step = F.softplus(_wide(delta) + delta_bias) if delta_softplus else _wide(delta) + delta_bias
+    added = (step * _wide(u))[..., None] * _wide(B)[:, None]
+    after = torch.exp(step[..., None] * A) * state + added
+    o = (after * _wide(C)[:, None]).sum(-1)
+    return _skip_and_gate(o, D * _wide(u), _wide(z)).to(u.dtype)
+
+
+def scan_update_mamba_ssm(
+    state: Tensor,
+    u: Tensor,
+    delta: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor,
+    z: Tensor,
+    delta_bias: Tensor,
+    delta_softplus: bool,
+) -> Tensor:
+    """mamba_ssm's Triton kernel."""
+    from mamba_ssm.ops.triton.selective_state_update import selective_state_update
+
+    y: Tensor = selective_state_update(state, u, delta, A, B, C, D, z, delta_bias, delta_softplus)
+    return y
+
+
 # Convolution and norm: x (b,d,l), weight (d,w); x, z (..., d), weight (d).
 
 
@@ -201,6 +243,25 @@ def conv_causal_conv1d(
     from causal_conv1d import causal_conv1d_fn
 
     y: Tensor = causal_conv1d_fn(x, weight, bias, activation=activation)
+    return y
+
+
+# One token of the convolution: x (b,d), state (b,d,w-1), weight (d,w), bias (d).
+
+
+def conv_update_torch(x: Tensor, state: Tensor, weight: Tensor, bias: Tensor, activation: str) -> Tensor:
+    """The convolution's last step as expressions; leaves the state as it was."""
+    window = torch.cat([state, x[..., None]], -1)
+    return F.silu((_wide(window) * weight).sum(-1) + bias).to(x.dtype)
+
+
+def conv_update_causal_conv1d(
+    x: Tensor, state: Tensor, weight: Tensor, bias: Tensor, activation: str
+) -> Tensor:
+    """causal-conv1d's CUDA kernel."""
+    from causal_conv1d import causal_conv1d_update
+
+    y: Tensor = causal_conv1d_update(x, state, weight, bias, activation)
     return y
 
 

@@ -27,12 +27,34 @@ from .contenders import (
     copy,
     operator,
     peer,
-    update,
+    updating,
 )
 
 SCAN_OPTIONS = ("D", "z", "delta_bias", "delta_softplus")
 SSD_OPTIONS = ("D", "dt_bias", "dt_softplus")
 CONV_OPTIONS = ("bias", "activation")
+
+# One-token operators: the library of the peer, the peer, plain torch, options.
+UPDATES: dict[str, tuple[str, Callable[..., torch.Tensor], Callable[..., torch.Tensor], tuple[str, ...]]] = {
+    "ssd_state_update": (
+        "mamba_ssm",
+        baselines.ssd_update_mamba_ssm,
+        baselines.ssd_update_torch,
+        ("D", "z", "dt_bias", "dt_softplus"),
+    ),
+    "selective_state_update": (
+        "mamba_ssm",
+        baselines.scan_update_mamba_ssm,
+        baselines.scan_update_torch,
+        SCAN_OPTIONS,
+    ),
+    "causal_conv1d_update": (
+        "causal_conv1d",
+        baselines.conv_update_causal_conv1d,
+        baselines.conv_update_torch,
+        CONV_OPTIONS,
+    ),
+}
 
 RECURRENCE = "recurrence in torch"
 MAMBAPY = "mambapy"
@@ -42,7 +64,7 @@ SHARED = "paper's listing, one C B per group, compiled"
 
 LENGTHS = (256, 512, 1024, 2048, 4096, 8192, 16384)
 GPU_LENGTHS = tuple(512 * 4**k for k in range(5)) + (1 << 20,)
-DRAWN_TOKENS = 16384  # longer inputs repeat them: they are drawn in float64 on the CPU
+DRAWN_TOKENS = 16384  # longer inputs repeat them: they are drawn in float64
 
 
 @dataclass(frozen=True)
@@ -75,6 +97,7 @@ class Case:
         goal_ms: where the design wants to go.
         time: dim of the time of inputs and results, by name; long ones are checked on their first tokens.
         series: (operator, length) of a point of time against length.
+        limit: relative error beyond which a result is wrong; None: that of the dtype.
     """
 
     name: str
@@ -87,6 +110,7 @@ class Case:
     goal_ms: float | None = None
     time: dict[str, int] | None = None
     series: tuple[str, int] | None = None
+    limit: float | None = None
 
 
 def scan(
@@ -107,16 +131,15 @@ def scan(
     """The selective scan with D, z, delta_bias and softplus; layout "transposed" is channel-last."""
     recurrence = peer(RECURRENCE, baselines.scan_recurrence, direction, longest=8192)
     if device == "cuda":
-        peers = [peer("mamba_ssm", baselines.scan_mamba_ssm, direction)]
+        peers = [peer("mamba_ssm", baselines.scan_mamba_ssm, direction, layout="contiguous")]
     else:
         peers = [recurrence, peer(MAMBAPY, baselines.scan_mambapy, direction, longest=8192)]
     if series:
         peers.append(attention(l, device, dtype, direction))
     time = {"u": 2, "delta": 2, "z": 2, "B": 2, "C": 2, "y": 2}
     drawn = min(l, DRAWN_TOKENS)
-    draw = partial(
-        make.selective_scan, b, d, drawn, n, options=SCAN_OPTIONS, dtype=dtype, layout=layout, device=device
-    )
+    kind = {"dtype": dtype, "layout": layout, "device": device}
+    draw = partial(_drawn, make.selective_scan, b, d, drawn, n, options=SCAN_OPTIONS, **kind)
     return Case(
         f"selective_scan/{direction}/{_short(dtype)}{tag}",
         f"selective_scan b{b} d{d} l{l} n{n} {_short(dtype)}{_layout(layout)}, {_words(direction)}",
@@ -127,7 +150,7 @@ def scan(
         must,
         goal_ms,
         time,
-        ("selective_scan", l) if series else None,
+        (_series("selective_scan", direction), l) if series else None,
     )
 
 
@@ -154,10 +177,9 @@ def ssd(
     listing = peer(LISTING, baselines.ssd_listing, direction)
     shared = partial(baselines.ssd_listing, share_groups=True)
     if device == "cuda":
-        peers = [
-            peer("mamba_ssm", baselines.ssd_mamba_ssm, direction),
-            peer("fla simple_gla", baselines.ssd_fla, direction),
-        ]
+        # mamba_ssm's products of float32 inputs are TF32: other work than ours.
+        peers = [peer("mamba_ssm", baselines.ssd_mamba_ssm, direction)] if dtype.itemsize == 2 else []
+        peers.append(peer("fla simple_gla", baselines.ssd_fla, direction))
     elif series:
         peers = [compiled(COMPILED, baselines.ssd_listing, direction, longest=8192)]
     elif compile_peers:
@@ -176,7 +198,7 @@ def ssd(
     forced = "" if path == "auto" else f", {path} kernels"
     time = {"x": 1, "dt": 1, "B": 1, "C": 1, "z": 1, "y": 1}
     drawn = min(l, DRAWN_TOKENS)
-    draw = partial(make.ssd, b, drawn, h, p, n, options=options, **kind)
+    draw = partial(_drawn, make.ssd, b, drawn, h, p, n, options=options, **kind)
     return Case(
         f"ssd/{direction}/{_short(dtype)}{tag}",
         f"ssd b{b} l{l} h{h} p{p} n{n}{words} {_short(dtype)}, {_words(direction)}{forced}",
@@ -187,7 +209,7 @@ def ssd(
         must,
         goal_ms,
         time,
-        ("ssd" + ("" if direction == "forward" else ", " + _words(direction)), l) if series else None,
+        (_series("ssd", direction), l) if series else None,
     )
 
 
@@ -207,12 +229,11 @@ def conv(
     """The causal convolution of width 4 with bias and SiLU; layout "transposed" is channel-last."""
     plain = peer("torch", baselines.conv_torch, direction)
     cuda = [peer("causal_conv1d", baselines.conv_causal_conv1d, direction)] if device == "cuda" else []
+    kind = {"dtype": dtype, "layout": layout, "device": device}
     return Case(
         f"causal_conv1d/{direction}/{_short(dtype)}{tag}",
         f"causal_conv1d b{b} d{d} l{l} w4 {_short(dtype)}{_layout(layout)}, {_words(direction)}",
-        partial(
-            make.causal_conv1d, b, d, l, 4, options=CONV_OPTIONS, dtype=dtype, layout=layout, device=device
-        ),
+        partial(_drawn, make.causal_conv1d, b, d, l, 4, options=CONV_OPTIONS, **kind),
         (operator("causal_conv1d", direction), *cuda, plain),
         plain,
         dtype,
@@ -237,7 +258,7 @@ def norm(
     return Case(
         f"rms_norm_gated/{direction}/{_short(dtype)}",
         f"rms_norm_gated {rows} x {d} {_short(dtype)}, {_words(direction)}",
-        partial(make.rms_norm_gated, rows, d, dtype=dtype, device=device),
+        partial(_drawn, make.rms_norm_gated, rows, d, dtype=dtype, device=device),
         (operator("rms_norm_gated", direction), plain, *beside),
         plain,
         dtype,
@@ -245,17 +266,20 @@ def norm(
     )
 
 
-def ssd_update(
-    b: int, h: int, p: int, n: int, *, must: Must | None = None, goal_ms: float | None = None
+def update(
+    operator: str, sizes: dict[str, int], must: Must | None = None, goal_ms: float | None = None
 ) -> Case:
-    """One token of the SSD in bfloat16 with a float32 state, on CUDA; with D, z, dt_bias and softplus."""
-    plain = peer("torch", baselines.ssd_update_torch, "forward")
-    options = {"options": ("D", "z", "dt_bias", "dt_softplus"), "dtype": torch.bfloat16, "device": "cuda"}
+    """One token in bfloat16 with every option, on CUDA; recurrent states in float32."""
+    library, call, plain_call, options = UPDATES[operator]
+    plain = peer("torch", plain_call, "forward")
+    kind = {"options": options, "dtype": torch.bfloat16, "device": "cuda"}
+    letters = " ".join(f"{letter}{size}" for letter, size in sizes.items())
+    tag = "".join(f"/{letter}{size}" for letter, size in sizes.items() if letter == "b")
     return Case(
-        f"ssd_state_update/forward/bfloat16/b{b}",
-        f"ssd_state_update b{b} h{h} p{p} n{n}, state in float32",
-        partial(make.ssd_state_update, b, h, p, n, **options),
-        (update("ssd_state_update"), update("mamba_ssm", baselines.ssd_update_mamba_ssm), plain),
+        f"{operator}/forward/bfloat16{tag}",
+        f"{operator} {letters}" + (", state in float32" if "state_update" in operator else ""),
+        partial(_drawn, getattr(make, operator), *sizes.values(), **kind),
+        (updating(operator), updating(library, call), plain),
         plain,
         torch.bfloat16,
         must,
@@ -298,9 +322,14 @@ def cuda_cases() -> Iterator[Case]:
     yield gpu_conv("forward", layout="contiguous", tag="/channel-first", must=Must("ms", 0.094, "H200"))
     yield norm(16384, 5120, "forward", torch.bfloat16, device="cuda", must=Must("share", 1.15, COPY))
     yield norm(16384, 5120, "both", torch.bfloat16, device="cuda", must=Must("share", 1.25, COPY))
-    yield ssd_update(128, 80, 64, 128, must=Must("ms", 0.175, "H200"), goal_ms=0.165)
-    yield ssd_update(1, 80, 64, 128, must=Must("ms", 0.006, "H200"))
+    heads = {"h": 80, "p": 64, "n": 128}
+    yield update("ssd_state_update", {"b": 128, **heads}, Must("ms", 0.175, "H200"), 0.165)
+    yield update("ssd_state_update", {"b": 1, **heads}, Must("ms", 0.006, "H200"))
+    for b in (128, 1):
+        yield update("selective_state_update", {"b": b, "d": 5120, "n": 16})
+        yield update("causal_conv1d_update", {"b": b, "d": 5376, "w": 4})
     yield from _gpu_ssd_cases()
+    yield from _gpu_scan_cases()
     yield from gpu_models.cases()
 
 
@@ -329,6 +358,8 @@ def _gpu_ssd_cases() -> Iterator[Case]:
             tag = f"/length-{l}"
             yield ssd(1, l, 32, 64, 128, direction, torch.bfloat16, device="cuda", tag=tag, series=True)
 
+
+def _gpu_scan_cases() -> Iterator[Case]:
     def gpu_scan(
         sizes: tuple[int, int, int],
         direction: Direction,
@@ -363,8 +394,9 @@ def _gpu_ssd_cases() -> Iterator[Case]:
     # A million tokens: the time per token of 65,536, and a tenth.
     yield gpu_scan((1, 2048, 2**20), "both", 5.6 * 16 * 1.1, 3.8 * 16)
     for l in GPU_LENGTHS:
-        options: dict[str, Any] = {"device": "cuda", "layout": "transposed", "series": True}
-        yield scan(1, 2048, l, 16, "forward", torch.bfloat16, tag=f"/length-{l}", **options)
+        for direction in ("forward", "both"):
+            options: dict[str, Any] = {"device": "cuda", "layout": "transposed", "series": True}
+            yield scan(1, 2048, l, 16, direction, torch.bfloat16, tag=f"/length-{l}", **options)
 
 
 def quick_cases() -> Iterator[Case]:
@@ -382,6 +414,12 @@ def select(device: str, quick: bool, only: str | None) -> list[Case]:
     """The cases of a run; `only` is a shell pattern, matched anywhere in the name."""
     found = quick_cases() if quick else cpu_cases() if device == "cpu" else cuda_cases()
     return [case for case in found if only is None or fnmatch.fnmatch(case.name, f"*{only}*")]
+
+
+def _drawn(call: Callable[..., Inputs], *sizes: int, device: str, **options: Any) -> Inputs:
+    """Inputs whose numbers are drawn where they are wanted."""
+    with make.drawn_on(device):
+        return call(*sizes, device=device, **options)
 
 
 def _repeated(draw: Callable[[], Inputs], times: int, time: dict[str, int]) -> Inputs:
@@ -402,6 +440,10 @@ def _short(dtype: torch.dtype) -> str:
 
 def _words(direction: Direction) -> str:
     return "forward" if direction == "forward" else "forward + backward"
+
+
+def _series(operator: str, direction: Direction) -> str:
+    return operator if direction == "forward" else f"{operator}, {_words(direction)}"
 
 
 def _layout(layout: str) -> str:

@@ -6,7 +6,6 @@ import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -41,10 +40,24 @@ class Contender:
 
 
 def peer(
-    name: str, call: Callable[..., Tensor], direction: Direction, *, longest: int | None = None
+    name: str,
+    call: Callable[..., Tensor],
+    direction: Direction,
+    *,
+    longest: int | None = None,
+    layout: Literal["given", "contiguous"] = "given",
 ) -> Contender:
-    """A function of the operator's arguments, timed forward, or forward and backward to every float input."""
-    return Contender(name, partial(_forward if direction == "forward" else _both, call), longest)
+    """A function of the operator's arguments, timed forward, or forward and backward to every float input.
+
+    A peer that would first copy its inputs to another layout gets them in that `layout`.
+    """
+
+    def prepare(inputs: Inputs) -> Run:
+        if layout == "contiguous":
+            inputs = {k: v.contiguous() if isinstance(v, Tensor) else v for k, v in inputs.items()}
+        return (_forward if direction == "forward" else _both)(call, inputs)
+
+    return Contender(name, prepare, longest)
 
 
 def compiled(
@@ -112,7 +125,7 @@ def copy(n_bytes: int) -> Contender:
     return Contender(COPY, prepare)
 
 
-def update(name: str, call: Callable[..., Tensor] | None = None) -> Contender:
+def updating(name: str, call: Callable[..., Tensor] | None = None) -> Contender:
     """A one-token update, ours by default, with a state of its own that it updates again and again."""
 
     def prepare(inputs: Inputs) -> Run:
@@ -160,8 +173,10 @@ def _both(call: Callable[..., Tensor], inputs: Inputs) -> Run:
         if isinstance(value, Tensor) and value.is_floating_point()
     }
     like_y = inputs["u" if "u" in inputs else "x"]
-    exact_in_any_dtype = torch.randn(like_y.shape, generator=torch.Generator().manual_seed(1)).bfloat16()
-    weights = torch.empty_like(like_y).copy_(exact_in_any_dtype)
+    generator = torch.Generator(like_y.device).manual_seed(1)
+    exact_in_any_dtype = {"dtype": torch.bfloat16, "device": like_y.device}
+    drawn = torch.randn(like_y.shape, generator=generator, **exact_in_any_dtype)
+    weights = torch.empty_like(like_y).copy_(drawn)
 
     def run() -> Results:
         y = call(**{**inputs, **leaves})

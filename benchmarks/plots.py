@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,8 @@ def draw(report: dict[str, Any], results: Path) -> list[Path]:
     written = []
     for operator in dict.fromkeys(record["series"] for record in cases if "series" in record):
         points = [record for record in cases if record.get("series") == operator]
-        written.append(_lengths(operator, points, where, results.with_name(f"{results.stem}-{operator}.png")))
+        name = "-".join([results.stem, *re.findall(r"\w+", operator)])
+        written.append(_lengths(operator, points, where, results.with_name(f"{name}.png")))
     bars = [record for record in cases if "series" not in record and record.get("ratios")]
     if bars:
         written.append(_bars(bars, where, results.with_name(f"{results.stem}-peers.png")))

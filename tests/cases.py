@@ -4,8 +4,9 @@ Each function is named after its operator and returns that operator's keyword ar
 float64 from a seed and then rounded: the same case in another dtype, layout or device holds the same numbers.
 """
 
+import contextlib
 import math
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
 from typing import Any
 
 import torch
@@ -37,22 +38,37 @@ def parameter_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype is torch.float64 else torch.float32
 
 
+@contextlib.contextmanager
+def drawn_on(device: str) -> Iterator[None]:
+    """Within, numbers are drawn on the device: sooner where they are many, and others than on the CPU."""
+    before, Draw.source = Draw.source, device
+    try:
+        yield
+    finally:
+        Draw.source = before
+
+
 class Draw:
     """Random tensors of one case: data in dtype, parameters and states in float32 (float64 for float64)."""
+
+    source = "cpu"  # what draws
 
     def __init__(
         self, seed: int, dtype: torch.dtype, params: torch.dtype | None, device: str, layout: str
     ) -> None:
-        self.generator = torch.Generator().manual_seed(seed)
+        self.generator = torch.Generator(self.source).manual_seed(seed)
         self.dtype, self.params = dtype, params or parameter_dtype(dtype)
         self.device, self.layout = device, layout
 
     def normal(self, *shape: int, complex_: bool = False) -> Tensor:
         dtype = torch.complex128 if complex_ else torch.float64
-        return torch.randn(*shape, generator=self.generator, dtype=dtype)
+        return torch.randn(*shape, generator=self.generator, dtype=dtype, device=self.generator.device)
+
+    def uniform(self, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+        return torch.rand(*shape, generator=self.generator, dtype=dtype, device=self.generator.device)
 
     def log_uniform(self, low: float, high: float, *shape: int) -> Tensor:
-        share = torch.rand(*shape, generator=self.generator, dtype=torch.float64)
+        share = self.uniform(*shape, dtype=torch.float64)
         return (math.log(low) + (math.log(high) - math.log(low)) * share).exp()
 
     def data(self, values: Tensor) -> Tensor:
@@ -75,12 +91,13 @@ class Draw:
 
     def seq_idx(self, b: int, l: int) -> Tensor:
         """Runs of 1 to about 20 tokens; ids return, and one is negative."""
-        starts = torch.rand(b, l, generator=self.generator) < 0.1
+        starts = self.uniform(b, l) < 0.1
         return ((starts.cumsum(1) % 5) - 1).to(self.device, torch.int32)
 
     def cu_seqlens(self, l: int) -> Tensor:
         """Sequences of any length from 0 up, an empty one first, one in the middle and one last."""
-        cuts = torch.randint(l + 1, (2 + l // 40,), generator=self.generator).sort().values
+        cuts = torch.randint(l + 1, (2 + l // 40,), generator=self.generator, device=self.generator.device)
+        cuts = cuts.cpu().sort().values
         return torch.cat([torch.tensor([0, 0]), cuts, cuts[-1:], torch.tensor([l, l])]).to(
             self.device, torch.int32
         )
@@ -324,7 +341,7 @@ def norm_linear(
 
 def state_indices(draw: Draw, b: int, s: int, dtype: torch.dtype = torch.int32) -> Tensor:
     """b different rows of s in any order, every third replaced by -1."""
-    rows = torch.randperm(s, generator=draw.generator)[:b]
+    rows = torch.randperm(s, generator=draw.generator, device=draw.generator.device)[:b].cpu()
     return torch.where(torch.arange(b) % 3 == 1, -1, rows).to(draw.device, dtype)
 
 

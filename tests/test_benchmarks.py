@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from benchmarks import baselines, compare, contenders, run, table
-from benchmarks.cases import Case, Must
+from benchmarks.cases import UPDATES, Case, Must
 from benchmarks.contenders import OURS, Contender, Fresh
 from benchmarks.timing import Clock, Times, interleave
 from mamba_ops import reference
@@ -187,3 +187,11 @@ def test_ssd_peers_do_the_same_work(share_groups: bool) -> None:
     inputs = cases.ssd(2, 48, 4, 6, 5, options=options, dtype=torch.float64)
     y = baselines.ssd_listing(**inputs, chunk_size=16, share_groups=share_groups)
     torch.testing.assert_close(y, reference.ssd(**inputs))
+
+
+@pytest.mark.parametrize("operator", UPDATES)
+def test_update_peers_do_the_same_work(operator: str) -> None:
+    _, _, plain, options = UPDATES[operator]
+    inputs = getattr(cases, operator)(3, options=options, dtype=torch.float64)
+    y = plain(**inputs)
+    torch.testing.assert_close(y, getattr(reference, operator)(**inputs))
