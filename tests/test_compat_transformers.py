@@ -2,7 +2,7 @@
 
 import importlib
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -94,6 +94,17 @@ for norm in (False, True):
     CONFIGS[f"falcon_h1, {'with' if norm else 'without'} norm"] = ("FalconH1", options)
 
 
+@pytest.fixture(params=["cpu", "cuda"])
+def device(request: pytest.FixtureRequest) -> Iterator[str]:
+    """On a GPU transformers' functions need operators that torch calls nondeterministic, and no TF32."""
+    if request.param == "cuda":
+        if not torch.cuda.is_available():
+            pytest.skip("no GPU")
+        torch.use_deterministic_algorithms(False)
+    with torch.backends.cudnn.flags(allow_tf32=False):
+        yield request.param
+
+
 def build(name: str, **changes: Any) -> Any:
     """A model of the family with every parameter off its initial value."""
     family, options = CONFIGS[name]
@@ -127,18 +138,18 @@ def loss_and_gradients(model: Any, kept: Tensor | None = None, **inputs: Any) ->
     logits = model(**inputs).logits
     logits = logits if kept is None else logits[kept]
     weights = torch.randn(logits.shape, generator=torch.Generator().manual_seed(1))
-    (logits * weights).sum().backward()
+    (logits * weights.to(logits)).sum().backward()
     grads = {f"grad {n}": p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
     return {"logits": logits.detach()} | grads
 
 
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize("name", CONFIGS)
-def test_logits_and_gradients(name: str, training: bool) -> None:
+def test_logits_and_gradients(name: str, training: bool, device: str) -> None:
     """Whole batches and batches padded on the left; in training the fused forms run where they may."""
-    model = build(name).train(training)
-    ids = torch.randint(3, VOCAB, (2, 19))
-    mask = torch.ones(2, 19, dtype=torch.long)
+    model = build(name).to(device).train(training)
+    ids = torch.randint(3, VOCAB, (2, 19)).to(device)
+    mask = torch.ones(2, 19, dtype=torch.long, device=device)
     both(lambda: loss_and_gradients(model, input_ids=ids))
     mask[0, :5] = 0
     both(lambda: loss_and_gradients(model, mask.bool(), input_ids=ids, attention_mask=mask))
@@ -146,10 +157,10 @@ def test_logits_and_gradients(name: str, training: bool) -> None:
 
 @torch.no_grad()
 @pytest.mark.parametrize("name", CONFIGS)
-def test_generation_and_cached_continuation(name: str) -> None:
-    model = build(name).eval()
-    ids = torch.randint(3, VOCAB, (2, 12))
-    mask = torch.ones(2, 12, dtype=torch.long)
+def test_generation_and_cached_continuation(name: str, device: str) -> None:
+    model = build(name).to(device).eval()
+    ids = torch.randint(3, VOCAB, (2, 12)).to(device)
+    mask = torch.ones(2, 12, dtype=torch.long, device=device)
     mask[0, :5] = 0
 
     def generated(mask: Tensor) -> Tensor:
@@ -170,14 +181,15 @@ def test_generation_and_cached_continuation(name: str) -> None:
 
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize("name", CONFIGS)
-def test_packed_batches(name: str, training: bool) -> None:
+def test_packed_batches(name: str, training: bool, device: str) -> None:
     """Two sequences in a row as each by itself, with gradients; transformers' own functions refuse that."""
     # Granite's attention does not keep packed sequences apart, whatever its Mamba layers do.
-    model = build(name, **{"layer_types": ["mamba"] * 2} if "granite" in name else {}).train(training)
-    first, second = torch.randint(3, VOCAB, (1, 11)), torch.randint(3, VOCAB, (1, 8))
-    seq_idx = torch.tensor([[0] * 11 + [1] * 8], dtype=torch.int32)
-    positions = torch.cat([torch.arange(11), torch.arange(8)])[None]
-    weights = torch.randn(1, 19, VOCAB)
+    changes = {"layer_types": ["mamba"] * 2} if "granite" in name else {}
+    model = build(name, **changes).to(device).train(training)
+    first, second = torch.randint(3, VOCAB, (1, 11)).to(device), torch.randint(3, VOCAB, (1, 8)).to(device)
+    seq_idx = torch.tensor([[0] * 11 + [1] * 8], dtype=torch.int32, device=device)
+    positions = torch.cat([torch.arange(11), torch.arange(8)])[None].to(device)
+    weights = torch.randn(1, 19, VOCAB).to(device)
 
     def gradients(logits: Tensor) -> dict[str, Tensor]:
         model.zero_grad()
