@@ -72,6 +72,7 @@ def _bars(records: list[dict[str, Any]], where: str, path: Path) -> Path:
         y += 0.6
     axes.axvline(1, color=_COLOURS[0], lw=2)
     axes.set_yticks(ticks, labels, fontsize=7)
+    axes.margins(y=0.01)
     axes.invert_yaxis()
     axes.set_xscale("log")
     axes.set_xlim(min(0.5, min(ratio for *_, ratio in rows) * 0.8), max(ratio for *_, ratio in rows) * 8)
