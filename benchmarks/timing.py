@@ -7,6 +7,7 @@ import statistics
 import time
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
+from weakref import WeakKeyDictionary
 
 import torch
 
@@ -14,7 +15,7 @@ from .contenders import Fresh, Run
 
 _BURST_MS = 100.0  # of one contender before the next one's turn: it is timed with its own data in the caches
 _MAX_BURST = 10
-_MAX_RUNS, _PROCESSES = 400, 2
+_MAX_RUNS, _PROCESSES = 200, 2
 
 
 @dataclass(frozen=True)
@@ -41,18 +42,20 @@ class Times:
         return asdict(self)
 
 
-_AHEAD_CYCLES = 2_000_000  # about a millisecond
+_AHEAD_CYCLES, _CYCLES_PER_S = 2_000_000, 2e9  # at least a millisecond
+_LONGEST_AHEAD_S = 0.02  # whole models take the host longer: they are timed as they run
 
 
 class Clock:
     """Milliseconds of one call: wall time on the CPU; on CUDA between events, the L2 cache flushed before.
 
-    The GPU is kept busy before that, so that the host has queued the call by then: what is timed is the
-    GPU's work, not the gaps in which it would wait for the host.
+    The GPU is kept busy before that, for half as long again as the host took to queue the call the last
+    time: what is timed is the GPU's work, not the gaps in which it would wait for the host.
     """
 
     def __init__(self, device: torch.device) -> None:
         self._flush: torch.Tensor | None = None
+        self._ahead: WeakKeyDictionary[Run, int] = WeakKeyDictionary()
         if device.type == "cuda":
             l2_bytes = torch.cuda.get_device_properties(device).L2_cache_size
             self._flush = torch.empty(4 * l2_bytes, dtype=torch.int8, device=device)
@@ -65,12 +68,16 @@ class Clock:
             run()
             return (time.perf_counter() - start) * 1e3
         begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
-        torch.cuda._sleep(_AHEAD_CYCLES)
+        torch.cuda._sleep(self._ahead.get(run, _AHEAD_CYCLES))
         self._flush.zero_()
         begin.record()
+        start = time.perf_counter()
         run()
+        queued_s = time.perf_counter() - start
         end.record()
         end.synchronize()
+        if queued_s < _LONGEST_AHEAD_S:
+            self._ahead[run] = max(_AHEAD_CYCLES, int(1.5 * queued_s * _CYCLES_PER_S))
         return float(begin.elapsed_time(end))
 
 

@@ -4,6 +4,7 @@ import copy
 import json
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -195,3 +196,27 @@ def test_update_peers_do_the_same_work(operator: str) -> None:
     inputs = getattr(cases, operator)(3, options=options, dtype=torch.float64)
     y = plain(**inputs)
     torch.testing.assert_close(y, getattr(reference, operator)(**inputs))
+
+
+def test_the_gpu_is_busy_while_the_host_queues_a_call(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Event:
+        def __init__(self, enable_timing: bool) -> None: ...
+        def record(self) -> None: ...
+        def synchronize(self) -> None: ...
+        def elapsed_time(self, end: Any) -> float:
+            return 1.0
+
+    cycles: list[int] = []
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "_sleep", cycles.append)
+    clock = Clock(torch.device("cpu"))
+    clock._flush = torch.empty(1)
+
+    def run() -> dict[str, torch.Tensor]:
+        time.sleep(0.005)
+        return {}
+
+    assert [clock(run), clock(run)] == [1.0, 1.0]
+    assert cycles[0] == 2_000_000 and cycles[1] >= 1.5 * 0.005 * 2e9
+    del run
+    assert not clock._ahead  # a call that is gone leaves no inputs behind
