@@ -97,6 +97,9 @@ struct InputFactor : FactorPairs<T, kAlong> {
 #pragma unroll
     for (int p = 0; p < 4; ++p) keep(own_pair[p] = Base::q() == p ? ~0u : 0u);
   }
+  __device__ InputFactor(const InputFactor& like, const View& v, const T* start, float*) : InputFactor(like) {
+    Base::p = start + factor_offset<kAlong>(v, 2 * Base::g(), 2 * Base::q());
+  }
   __device__ void begin(const typename Base::Raw& raw, const float (&inputs)[2]) {
 #pragma unroll
     for (int k = 0; k < 2; ++k) {
@@ -243,6 +246,8 @@ template <Along kAlong>
 struct InputFactor<float, kAlong> : SharedFactor<kAlong> {
   using Base = SharedFactor<kAlong>;
   using Base::Base;
+  __device__ InputFactor(const InputFactor&, const View& v, const float* start, float* shared)
+      : Base(v, start, shared) {}
   __device__ void begin(const typename Base::Raw& raw, const float (&inputs)[2]) {
     Base::put(raw);
     input[0] = inputs[0];
