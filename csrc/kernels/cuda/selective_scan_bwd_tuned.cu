@@ -71,6 +71,7 @@ __global__ void __launch_bounds__(kBwdWarps* kWarp, kBwdBlocks)
   using Lane = LaneTokens<T, kAlong, Along::channels>;
   using Pairs = FactorPairs<T, kAlong>;
   constexpr bool kTensor = kTensorSums<T>;
+  constexpr bool kMends = sizeof(T) == 4 && !kTurns;  // the state gradient that leaves a window
   const bool live = 2 * q < at.channels;
   uint32_t moves = Lane::live(at.channels);
   keep(moves);
@@ -113,6 +114,9 @@ __global__ void __launch_bounds__(kBwdWarps* kWarp, kBwdBlocks)
       B.advance(-int64_t(strides.bytes[kB]));
       C.advance(-int64_t(strides.bytes[kC]));
     };
+    LongMemory memory;
+    if (kMends) memory.begin(m);
+    float2 total{};  // of the steps of the lane's tokens
     load(window.groups - 1);
     for (int group = window.groups - 1; group >= 0; --group) {
       const bool cut_short = window.cut_short(group);
@@ -166,9 +170,10 @@ __global__ void __launch_bounds__(kBwdWarps* kWarp, kBwdBlocks)
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
           before[t][i] = h[i];
-          a[t][i] = decay<sizeof(T) == 4>((i < 2 ? step.x : step.y) * A[i]);
+          a[t][i] = exp2_of((i < 2 ? step.x : step.y) * A[i]);
           h[i] = fmaf(a[t][i], h[i], x[i]);
         }
+        if (kMends) memory.step(a[t]);
         if constexpr (kTensor) sum_channels(sums_C, t, h, go);
       }
       float2 of_half[2];  // s and sum_i A w of a channel, of a token of each half
@@ -240,6 +245,7 @@ __global__ void __launch_bounds__(kBwdWarps* kWarp, kBwdBlocks)
       const float2 one = upper ? got : mine, two = upper ? mine : got;
       const float2 steps = kept.delta.pair(g), slope = kept.slope.pair(g);
       if constexpr (!kTensor) go = kept.go.pair(g);
+      total = {total.x + steps.x, total.y + steps.y};
       dD[0] = fmaf(go.x, us.x, dD[0]);
       dD[1] = fmaf(go.y, us.y, dD[1]);
       const float2 dus = {fmaf(steps.x * kFromLog2, one.x, D[0] * go.x),
@@ -269,6 +275,14 @@ __global__ void __launch_bounds__(kBwdWarps* kWarp, kBwdBlocks)
           to[2 * kWarp] = {sums_C[2 * half], sums_C[2 * half + 1]};
         }
       }
+    }
+    if (kMends) {
+#pragma unroll
+      for (int lanes = 4; lanes < kWarp; lanes *= 2) {
+        total.x += __shfl_xor_sync(kAllLanes, total.x, lanes);
+        total.y += __shfl_xor_sync(kAllLanes, total.y, lanes);
+      }
+      memory.mend(m, {total.x * A[0], total.x * A[1], total.y * A[2], total.y * A[3]});
     }
     __syncthreads();
     for (int i = threadIdx.x; i < window.groups * (kGroupSums / 4); i += kBwdWarps * kWarp) {

@@ -168,7 +168,13 @@ __global__ void __launch_bounds__(kFwdWarps<kTurns>* kWarp, kTurns == 1 ? 5 : 16
     output.advance(strides.C);
   };
 
-  uint32_t until_checkpoint = params.checkpoints && turn == kTurns - 1 ? kCheckpointGroups / kTurns : 0;
+  // In float32 the state of one warp for a chain is mended after every window.
+  constexpr bool kMends = sizeof(T) == 4 && kTurns == 1;
+  uint32_t until_window =
+      kMends || (params.checkpoints && turn == kTurns - 1) ? kCheckpointGroups / kTurns : 0;
+  LongMemory memory;
+  memory.begin(state);
+  float total = 0;  // of the lane's steps in the window
   const auto process = [&]<bool kWhole>(int group) {
     const float2 us = u.values(next_u), raw = delta.values(next_delta);
     float2 zs{};
@@ -192,22 +198,24 @@ __global__ void __launch_bounds__(kFwdWarps<kTurns>* kWarp, kTurns == 1 ? 5 : 16
 #pragma unroll
       for (int p = 0; p < 4; ++p) {
         if (p % 2 == 0) input.inputs(h, p / 2);
-        decays<sizeof(T) == 4>(a, steps, A, p);
+        decays(a, steps, A, p);
         advance(h, a, state, p);
         output.outputs(h, p);
+        if (kMends) memory.step(a[2 * p]), memory.step(a[2 * p + 1]);
       }
+      total += steps[0] + steps[1];
     } else {
 #pragma unroll
       for (int p = 0; p < 4; ++p) {
         if (p % 2 == 0) input.inputs(h, p / 2);
-        decays<sizeof(T) == 4>(a, steps, A, p);
+        decays(a, steps, A, p);
       }
       float alone[kLaneStates], through[kLaneStates], sum = steps[0] + steps[1];
       sum += __shfl_xor_sync(kAllLanes, sum, 1);
       sum += __shfl_xor_sync(kAllLanes, sum, 2);
 #pragma unroll
       for (int i = 0; i < kLaneStates; ++i) {
-        through[i] = decay<sizeof(T) == 4>(sum * A[i]);
+        through[i] = decay_over<T>(sum * A[i]);
         alone[i] = h[0][i];
 #pragma unroll
         for (int t = 1; t < kGroup; ++t) alone[i] = fmaf(a[t][i], alone[i], h[t][i]);
@@ -231,8 +239,16 @@ __global__ void __launch_bounds__(kFwdWarps<kTurns>* kWarp, kTurns == 1 ? 5 : 16
     else
       y.store_some(params.y, stores, o, tail);
     y.advance(strides.y);
-    if (kWhole && --until_checkpoint == 0) {
-      until_checkpoint = kCheckpointGroups / kTurns;
+    if (kWhole && --until_window == 0) {
+      until_window = kCheckpointGroups / kTurns;
+      if (kMends) {
+        total += __shfl_xor_sync(kAllLanes, total, 1);
+        total += __shfl_xor_sync(kAllLanes, total, 2);
+        memory.mend(state, {total * A[0], total * A[1], total * A[2], total * A[3]});
+        memory.begin(state);
+        total = 0;
+        if (!params.checkpoints) return;
+      }
       const int64_t at = row * (dims.l / kScanCheckpointCuda) + group / kCheckpointGroups;
       float* to = static_cast<float*>(params.checkpoints) + (at * kTunedState + 4 * q) * dims.d + channel;
 #pragma unroll

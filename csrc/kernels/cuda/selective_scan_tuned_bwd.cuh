@@ -278,7 +278,7 @@ __device__ WindowGradient run_again(const ScanBwd& params, const BwdStrides& str
         float sum = x[kGroup - 1][i];
 #pragma unroll
         for (int t = kGroup - 2; t >= 0; --t) sum = fmaf(a[t + 1][i], sum, x[t][i]);
-        left.alone[i] = fmaf(decay<sizeof(T) == 4>(total * A[i]) * a[0][i], sum, left.alone[i]);
+        left.alone[i] = fmaf(decay_over<T>(total * A[i]) * a[0][i], sum, left.alone[i]);
       }
       total += steps_sum;
     }
@@ -295,7 +295,7 @@ __device__ WindowGradient run_again(const ScanBwd& params, const BwdStrides& str
     }
   }
 #pragma unroll
-  for (int i = 0; i < kLaneStates; ++i) left.through[i] = decay<sizeof(T) == 4>(total * A[i]);
+  for (int i = 0; i < kLaneStates; ++i) left.through[i] = decay_over<T>(total * A[i]);
   __syncwarp();
   return left;
 }

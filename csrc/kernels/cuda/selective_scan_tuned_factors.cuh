@@ -300,23 +300,44 @@ struct OutputFactor<float, kAlong> : SharedFactor<kAlong> {
   float sums[kGroup];
 };
 
-// 2^x. The errors of ex2 near 1 have a bias, and would add up over a long memory: with `kLong`, what lies
-// near 1 is taken from a parabola, exact to 2^-27.
-template <bool kLong>
-__device__ inline float decay(float x) {
-  const float a = exp2_of(x), near = fmaf(fmaf(x, 0.24022651f, 0.69314972f), x, 1.f);
-  return kLong && fabsf(x) < 0x1p-7f ? near : a;
+// 2^x, over many tokens: in float32 where it is near 1 from its series, exact to 2^-28.
+template <class T>
+__device__ inline float decay_over(float x) {
+  const float a = exp2_of(x);
+  if constexpr (sizeof(T) == 2) return a;
+  const float series = fmaf(fmaf(fmaf(9.6181291e-3f, x, 5.5504109e-2f), x, 0.24022651f), x, 0.69314718f);
+  return fabsf(x) < 0x1p-4f ? fmaf(series, x, 1.f) : a;
 }
 
+// The errors of ex2 near 1 have a bias, and would add up over a long memory. Here is the state that entered a
+// window of tokens, and what their decays leave of it. At the end of the window the decay of all its steps at
+// once, whose error is nothing, takes the place of theirs.
+struct LongMemory {
+  float entered[kLaneStates], rest[kLaneStates];
+
+  __device__ void begin(const float (&state)[kLaneStates]) {
+#pragma unroll
+    for (int i = 0; i < kLaneStates; ++i) entered[i] = rest[i] = state[i];
+  }
+  __device__ void step(const float (&a)[kLaneStates]) {
+#pragma unroll
+    for (int i = 0; i < kLaneStates; ++i) rest[i] *= a[i];
+  }
+  // x: log2 of the decay of all steps.
+  __device__ void mend(float (&state)[kLaneStates], const float (&x)[kLaneStates]) const {
+#pragma unroll
+    for (int i = 0; i < kLaneStates; ++i) state[i] += fmaf(decay_over<float>(x[i]), entered[i], -rest[i]);
+  }
+};
+
 // Of steps 2 p and 2 p + 1, from the deltas of the lane's tokens in units that make a decay a power of 2.
-template <bool kLong = false>
 __device__ inline void decays(float (&a)[kGroup][kLaneStates], const float (&deltas)[2],
                               const float (&A)[kLaneStates], int p) {
 #pragma unroll
   for (int t = 2 * p; t < 2 * p + 2; ++t) {
     const float delta = from_quad(deltas, t);
 #pragma unroll
-    for (int i = 0; i < kLaneStates; ++i) a[t][i] = decay<kLong>(delta * A[i]);
+    for (int i = 0; i < kLaneStates; ++i) a[t][i] = exp2_of(delta * A[i]);
   }
 }
 
