@@ -29,8 +29,7 @@
 //
 // Shared memory: 93 KiB of a block, 109 in float32 and float16; two blocks a multiprocessor. Issue slots and
 // latency bound it, some 960 instructions for a warp and group, with turns 1060: on an H100 with b4 d5120
-// l4096, 2.6 ms in bfloat16 and 3.7 in float32. ncu, of blocks of 4 warps: 2.9 warps to choose from, issue
-// slots 55 % busy, L1 66 %, device memory 20 %.
+// l4096, 2.6 ms in bfloat16 and 3.7 in float32. ncu: 2.9 warps to choose from, issue slots 55 % busy.
 #include "kernels/cuda/selective_scan_tuned_sums.cuh"
 
 namespace mamba_ops {
@@ -85,7 +84,7 @@ __global__ void __launch_bounds__(kBwdWarps* kWarp, kBwdBlocks)
       A[2 * c + s] = load_one<float>(A_view, of * A_view.stride[0] + (2 * g + s) * A_view.stride[1]);
     if (D_view.data) D[c] = load_one<float>(D_view, of * D_view.stride[0]) * (1 / kOperandScale<T>);
   }
-  // `next`: the piece that the block has taken meanwhile, if it is known to this thread.
+  // `next`: the piece that the block has taken meanwhile, of thread 0.
   const auto back = [&](const BwdWindow& window, float4* sums_to, int next) {
     const auto start = [&](BwdTensor i) {
       return shared.start[i] + (window.groups - 1) * int64_t(strides.bytes[i]);
@@ -115,8 +114,8 @@ __global__ void __launch_bounds__(kBwdWarps* kWarp, kBwdBlocks)
       C.advance(-int64_t(strides.bytes[kC]));
     };
     LongMemory memory;
-    if (kMends) memory.begin(m);
     float2 total{};  // of the steps of the lane's tokens
+    if (kMends) memory.begin(m);
     load(window.groups - 1);
     for (int group = window.groups - 1; group >= 0; --group) {
       const bool cut_short = window.cut_short(group);
@@ -152,7 +151,7 @@ __global__ void __launch_bounds__(kBwdWarps* kWarp, kBwdBlocks)
       float before[kGroup][4], a[kGroup][4], h[4], sums_B[4] = {}, sums_C[4] = {};
 #pragma unroll
       for (int k = 0; k < 2; ++k) {
-        const float2 pair = reinterpret_cast<const float2*>(&kept.states[(2 * q + k) * 4 + g / 2])[g % 2];
+        const float2 pair = kept.states.pair(k);
         h[2 * k] = pair.x, h[2 * k + 1] = pair.y;
       }
 #pragma unroll
@@ -210,16 +209,18 @@ __global__ void __launch_bounds__(kBwdWarps* kWarp, kBwdBlocks)
             w[i] = m[i] * h[i];
             dA[i] = fmaf(i < 2 ? step.x : step.y, w[i], dA[i]);
           }
-          shared.over_states[k][lane] =
-              make_float4(fmaf(of_b.x, lambda[0], of_b.y * lambda[1]), fmaf(A[0], w[0], A[1] * w[1]),
-                          fmaf(of_b.x, lambda[2], of_b.y * lambda[3]), fmaf(A[2], w[2], A[3] * w[3]));
+          const int i = k < 2 ? 0 : 2, j = 2 - i;
+          shared.over_states[k][lane] = make_float4(
+              fmaf(of_b.x, lambda[i], of_b.y * lambda[i + 1]), fmaf(A[i], w[i], A[i + 1] * w[i + 1]),
+              fmaf(of_b.x, lambda[j], of_b.y * lambda[j + 1]), fmaf(A[j], w[j], A[j + 1] * w[j + 1]));
         }
         __syncwarp();
         // Token g % 4 of the half, the lane's first channel if g < 4, else its second.
         float2 part[kGroup];
 #pragma unroll
         for (int i = 0; i < kGroup; ++i)
-          part[i] = reinterpret_cast<const float2*>(&shared.over_states[g % kHalf][i * 4 + q])[g / kHalf];
+          part[i] = reinterpret_cast<const float2*>(
+              &shared.over_states[g % kHalf][i * 4 + q])[g / kHalf ^ g % kHalf / 2];
 #pragma unroll
         for (int left = kGroup / 2; left > 0; left /= 2)
 #pragma unroll
@@ -286,13 +287,13 @@ __global__ void __launch_bounds__(kBwdWarps* kWarp, kBwdBlocks)
     }
     __syncthreads();
     for (int i = threadIdx.x; i < window.groups * (kGroupSums / 4); i += kBwdWarps * kWarp) {
-      float4 total{};
+      float4 sum{};
 #pragma unroll
       for (int w = 0; w < kBwdWarps; ++w) {
         const float4 v = block.warp[w].group[i / (kGroupSums / 4)].sums[i % (kGroupSums / 4)];
-        total = {total.x + v.x, total.y + v.y, total.z + v.z, total.w + v.w};
+        sum = {sum.x + v.x, sum.y + v.y, sum.z + v.z, sum.w + v.w};
       }
-      __stcs(sums_to + i, total);
+      __stcs(sums_to + i, sum);
     }
     if (kTurns && threadIdx.x == 0) block.taken = next;
     __syncthreads();
@@ -323,8 +324,8 @@ __global__ void __launch_bounds__(kBwdWarps* kWarp, kBwdBlocks)
         if (k > 0) prefetch_left<T, kGate>(strides, dims.d, shared, 1);
         if (k == windows - 1) await(m, carry, before);
       }
-      const int64_t sums = work.group_sums(cut, dims.b, at.block, row, piece, k * kWindowGroups);
-      back(window, reinterpret_cast<float4*>(work.sums_BC + sums), next);
+      const int64_t to = work.group_sums(cut, dims.b, at.block, row, piece, k * kWindowGroups);
+      back(window, reinterpret_cast<float4*>(work.sums_BC + to), next);
       if (!kTurns) move_left(strides, dims.d, shared, 1);
       __syncwarp();
     }

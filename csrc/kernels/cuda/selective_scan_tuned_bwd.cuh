@@ -19,10 +19,26 @@ struct TokenValues {
   __device__ float2& pair(int token) { return *reinterpret_cast<float2*>(&at(token, threadIdx.x % 4 * 2)); }
 };
 
+// States between the ways: a lane of the first puts those of 4 q and up of channel g, a lane of the second
+// takes 2 g and 2 g + 1 of channel 2 q + c. The places of two channels are turned against those of the next
+// two, against bank conflicts.
+struct StateValues {
+  float4 value[kWarp];
+
+  __device__ void put(const float (&v)[kLaneStates]) {
+    const int lane = threadIdx.x % kWarp;
+    value[lane ^ lane / 8 * 2] = make_float4(v[0], v[1], v[2], v[3]);
+  }
+  __device__ float2 pair(int c) const {
+    const int g = threadIdx.x % kWarp / 4, q = threadIdx.x % 4;
+    return reinterpret_cast<const float2*>(&value[((2 * q + c) * 4 + g / 2) ^ q * 2])[g % 2];
+  }
+};
+
 // What the first way through a window leaves for the second one; there it makes room for the group's sums.
 union BwdGroup {
   struct {
-    float4 states[kWarp];  // that enter the group
+    StateValues states;  // that enter the group
     // input: delta u; go and input: times kOperandScale; slope: of the softplus.
     TokenValues delta, slope, input, go;
   };
@@ -41,8 +57,13 @@ struct BwdShared {
   BwdGroup group[kWindowGroups];
   float4 rates[kWarp];  // A of the states 4 q and up of channel g
   float bias[kWarpChannels], D[kWarpChannels];
-  float4 over_states[kHalf][kWarp + 4];  // a lane's part of s and sum_i A w, for its two channels
-  char* start[kTensors];                 // of the window, at the warp's first channel
+  union {
+    // A lane's part of s and sum_i A w, for its two channels; for two of the tokens in the other order,
+    // against bank conflicts.
+    float4 over_states[kHalf][kWarp + 4];
+    StateValues entering;
+  };
+  char* start[kTensors];  // of the window, at the warp's first channel
 };
 template <class T, bool = kTensorSums<T>>
 struct BwdWarp : BwdShared {
@@ -54,7 +75,7 @@ struct BwdWarp<T, false> : BwdShared {
     float factors[2 * kGroup * kTunedState];  // of the first way
     struct {
       float B[kGroup][kFactorRow], C[kGroup][kFactorRow];
-      float4 over_channels[kHalf][kWarp];  // a lane's part of dB and dC for its two states
+      float4 over_channels[kHalf][kWarp + 1];  // a lane's part of dB and dC for its two states
     };
   };
 };
@@ -241,7 +262,7 @@ __device__ WindowGradient run_again(const ScanBwd& params, const BwdStrides& str
       go = {dys.x * zs.x * s.x, dys.y * zs.y * s.y};
     }
     BwdGroup& kept = shared.group[group];
-    kept.states[lane] = make_float4(state[0], state[1], state[2], state[3]);
+    kept.states.put(state);
     float steps[2], inputs[2];
 #pragma unroll
     for (int k = 0; k < 2; ++k) {
@@ -308,13 +329,11 @@ inline __device__ void pass_window(float (&m)[4], const WindowGradient& left, Bw
 #pragma unroll
   for (int i = 0; i < kLaneStates; ++i) leaves[i] = fmaf(left.through[i], enters[i], left.alone[i]);
   pass_on(leaves, carry, before + 1);
-  const int lane = threadIdx.x % kWarp, g = lane / 4, q = lane % 4;
-  float4* const turned = shared.over_states[0];
-  turned[lane] = make_float4(enters[0], enters[1], enters[2], enters[3]);
+  shared.entering.put(enters);
   __syncwarp();
 #pragma unroll
   for (int c = 0; c < 2; ++c) {
-    const float2 v = reinterpret_cast<const float2*>(&turned[(2 * q + c) * 4 + g / 2])[g % 2];
+    const float2 v = shared.entering.pair(c);
     m[2 * c] = v.x, m[2 * c + 1] = v.y;
   }
 }
