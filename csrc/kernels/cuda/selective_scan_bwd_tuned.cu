@@ -28,7 +28,7 @@
 // gradient: it is passed on before the second way begins. Who waits waits for a block that runs.
 //
 // Shared memory: 93 KiB of a block, 109 in float32 and float16; two blocks a multiprocessor. Issue slots and
-// latency bound it, some 960 instructions for a warp and group, with turns 1060: on an H100 with b4 d5120
+// latency bound it, some 1000 instructions for a warp and group, with turns 1060: on an H100 with b4 d5120
 // l4096, 2.6 ms in bfloat16 and 3.7 in float32. ncu: 2.9 warps to choose from, issue slots 55 % busy.
 #include "kernels/cuda/selective_scan_tuned_sums.cuh"
 
@@ -37,13 +37,6 @@ namespace mamba_ops {
 namespace gpu {
 
 namespace {
-
-// Adds the sum over channels of v times a factor, for token t; each lane brings the factors of its own token.
-__device__ inline void sum_channels(float (&sums)[4], int t, const float (&v)[4], float2 factor) {
-  const bool own = threadIdx.x % kWarp / 4 == t;
-  mma(sums, {__float_as_uint(v[0]), __float_as_uint(v[1]), __float_as_uint(v[2]), __float_as_uint(v[3])},
-      {own ? __float_as_uint(factor.x) : 0u, own ? __float_as_uint(factor.y) : 0u});
-}
 
 template <class T, Along kAlong, bool kGate, bool kTurns>
 __global__ void __launch_bounds__(kBwdWarps* kWarp, kBwdBlocks)
@@ -89,7 +82,11 @@ __global__ void __launch_bounds__(kBwdWarps* kWarp, kBwdBlocks)
     const auto start = [&](BwdTensor i) {
       return shared.start[i] + (window.groups - 1) * int64_t(strides.bytes[i]);
     };
-    const auto lane_of = [&](const View& v, BwdTensor i) { return Lane(v, start(i), at.channels); };
+    const auto lane_of = [&](const View& v, BwdTensor i) {
+      Lane lane(v, start(i), at.channels);
+      lane.step(0);
+      return lane;
+    };
     const auto factor_of = [&](BwdTensor i) {
       __builtin_assume(__isGlobal(start(i)));
       return reinterpret_cast<const T*>(start(i));
@@ -109,9 +106,9 @@ __global__ void __launch_bounds__(kBwdWarps* kWarp, kBwdBlocks)
         next_B = B.load(B_view);
         next_C = C.load(C_view);
       }
-      u.advance(-int64_t(strides.bytes[kU]));
-      B.advance(-int64_t(strides.bytes[kB]));
-      C.advance(-int64_t(strides.bytes[kC]));
+      u.step(-int64_t(strides.bytes[kU]));
+      B.step(-int64_t(strides.bytes[kB]));
+      C.step(-int64_t(strides.bytes[kC]));
     };
     LongMemory memory;
     float2 total{};  // of the steps of the lane's tokens
@@ -261,8 +258,8 @@ __global__ void __launch_bounds__(kBwdWarps* kWarp, kBwdBlocks)
       }
       dbias[0] += ddeltas.x;
       dbias[1] += ddeltas.y;
-      du.advance(-int64_t(strides.bytes[kDu]));
-      ddelta.advance(-int64_t(strides.bytes[kDdelta]));
+      du.step(-int64_t(strides.bytes[kDu]));
+      ddelta.step(-int64_t(strides.bytes[kDdelta]));
 
       __syncwarp();
       if constexpr (kTensor) {

@@ -204,7 +204,11 @@ __device__ WindowGradient run_again(const ScanBwd& params, const BwdStrides& str
     for (int i = 0; i < kLaneStates; ++i) state[i] = from[4 * q + i];
   }
 
-  const auto lane_of = [&](const View& v, BwdTensor i) { return Lane(v, shared.start[i], at.channels); };
+  const auto lane_of = [&](const View& v, BwdTensor i) {
+    Lane lane(v, shared.start[i], at.channels);
+    lane.step(0);
+    return lane;
+  };
   const auto factor_of = [&](BwdTensor i) {
     __builtin_assume(__isGlobal(shared.start[i]));
     return reinterpret_cast<const T*>(shared.start[i]);
@@ -236,19 +240,19 @@ __device__ WindowGradient run_again(const ScanBwd& params, const BwdStrides& str
     next_delta = delta.load(delta_view);
     next_dy = dy.load(params.dy);
     next_B = input.load(B_view);
-    u.advance(strides.bytes[kU]);
-    delta.advance(strides.bytes[kDelta]);
-    dy.advance(strides.bytes[kDy]);
-    input.advance(strides.bytes[kB]);
+    u.step(strides.bytes[kU]);
+    delta.step(strides.bytes[kDelta]);
+    dy.step(strides.bytes[kDy]);
+    input.step(strides.bytes[kB]);
     if (kTurns) {
       next_gradient = gradient.load(C_view);
-      gradient.advance(strides.bytes[kC]);
+      gradient.step(strides.bytes[kC]);
     }
     if (kGate) {
       next_z = z.load(z_view);
       next_C = output.load(C_view);
-      z.advance(strides.bytes[kZ]);
-      output.advance(strides.bytes[kC]);
+      z.step(strides.bytes[kZ]);
+      output.step(strides.bytes[kC]);
     }
   };
   load(0);
@@ -312,7 +316,7 @@ __device__ WindowGradient run_again(const ScanBwd& params, const BwdStrides& str
         dz.store_some(dz_view, moves, dzs, window.tail);
       else
         dz.store(dz_view, moves, dzs);
-      dz.advance(strides.bytes[kDz]);
+      dz.step(strides.bytes[kDz]);
     }
   }
 #pragma unroll

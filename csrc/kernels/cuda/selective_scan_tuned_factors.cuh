@@ -31,6 +31,13 @@ __device__ inline void mma(float (&d)[4], const uint32_t (&a)[2], uint32_t b) {
       : "r"(a[0]), "r"(a[1]), "r"(b));
 }
 
+// Adds the sum over channels of v times a factor, for token t; each lane brings the factors of its own token.
+__device__ inline void sum_channels(float (&sums)[4], int t, const float (&v)[4], float2 factor) {
+  const bool own = threadIdx.x % kWarp / 4 == t;
+  mma(sums, {__float_as_uint(v[0]), __float_as_uint(v[1]), __float_as_uint(v[2]), __float_as_uint(v[3])},
+      {own ? __float_as_uint(factor.x) : 0u, own ? __float_as_uint(factor.y) : 0u});
+}
+
 // Where (n, l) of B or C of a row and channel begins.
 template <class T>
 __device__ inline const T* factor(const View& v, int64_t groups, const ScanDims& dims, int64_t row,
@@ -78,6 +85,7 @@ struct FactorPairs {
     return kStates ? raw.pair[token].at(state) : raw.pair[state].at(token);
   }
   __device__ void advance(int64_t bytes) { move(p, bytes); }
+  __device__ void step(int64_t bytes) { gpu::step(p, bytes); }
 
   __device__ static int g() { return threadIdx.x % kWarp / 4; }
   __device__ static int q() { return threadIdx.x % 4; }
@@ -161,6 +169,7 @@ struct OutputFactor {
     return raw;
   }
   __device__ void advance(int64_t bytes) { move(p, bytes); }
+  __device__ void step(int64_t bytes) { gpu::step(p, bytes); }
   __device__ void begin(const Raw& raw) {
 #pragma unroll
     for (int k = 0; k < 2; ++k) {
@@ -217,6 +226,7 @@ struct SharedFactor {
     return raw;
   }
   __device__ void advance(int64_t bytes) { move(p, bytes); }
+  __device__ void step(int64_t bytes) { gpu::step(p, bytes); }
   __device__ void put(const Raw& raw) const {
     float* to = shared + token() * kTunedState + state();
     __syncwarp();
