@@ -123,16 +123,17 @@ def test_sixteen_states_in_groups(
 @pytest.mark.parametrize("layout", ["contiguous", "transposed"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_sixteen_states_long(device: str, dtype: torch.dtype, layout: str, decay: str) -> None:
-    """Long enough for segments, of which strong decay closes the far side."""
+    """A chain whose windows of 64 tokens, and groups of 8, are taken in turn; the last ones are cut short."""
     sizes = {"decay": decay, "layout": layout, "dtype": dtype, "device": device}
     check(OPERATOR, cases.selective_scan(1, 16, 4100, 16, options=SCAN_OPTIONS, **sizes))
 
 
 @pytest.mark.parametrize("device", ["cuda", "cuda portable"], indirect=True)
-def test_sixteen_states_of_many_rows(device: str) -> None:
-    """Rows enough to fill a GPU: there they are cut into pieces of 512 tokens, one after the other."""
-    sizes = {"layout": "transposed", "dtype": torch.bfloat16, "device": device}
-    check(OPERATOR, cases.selective_scan(600, 8, 600, 16, options=SCAN_OPTIONS, **sizes))
+@pytest.mark.parametrize(("b", "dtype"), [(250, torch.float32), (600, torch.bfloat16), (600, torch.float32)])
+def test_sixteen_states_of_many_rows(device: str, b: int, dtype: torch.dtype) -> None:
+    """Rows enough to fill a GPU. What more rows leave for later is cut into pieces of 512 tokens."""
+    sizes = {"layout": "transposed", "dtype": dtype, "device": device}
+    check(OPERATOR, cases.selective_scan(b, 8, 600, 16, options=SCAN_OPTIONS, **sizes))
 
 
 @pytest.mark.parametrize("device", ["cuda"], indirect=True)

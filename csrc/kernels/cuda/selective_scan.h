@@ -36,7 +36,7 @@ const char* selective_scan_fwd_tuned(const ScanFwd& p, const Sequences& seqs, in
                                      void* stream);
 
 // A partial sum of dB and dC for every 48 channels and token, bounded likewise; of dA, dD and ddelta_bias for
-// every row and 512 tokens, or longer pieces of a long row.
+// every row.
 bool selective_scan_bwd_tuned_takes(const ScanBwd& p, const Sequences& seqs);
 int64_t selective_scan_bwd_tuned_workspace(const ScanBwd& p);
 const char* selective_scan_bwd_tuned(const ScanBwd& p, const Sequences& seqs, int64_t states, void* workspace,

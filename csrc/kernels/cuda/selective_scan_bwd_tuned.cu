@@ -6,7 +6,7 @@
 //   du_t = delta_t s_t + D go_t;  ddelta_t = (u_t s_t + sum_i A w_t) softplus'
 //   dB_t = sum_c delta_t u_t lambda_t;  dC_t = sum_c go_t h_t;  dz = dy o silu'(z)
 //
-// A block takes 48 channels of a row, a warp 8 of them, and goes through a piece of the row from right to
+// A block takes 48 channels of a row, a chain, a warp 8 of them, and goes through a piece of it from right to
 // left in windows of 64 tokens, from checkpoint to checkpoint. Of a window a warp
 //   1. runs the recurrence again, as the forward does, and finishes dz. The states before every group of 8
 //      tokens stay in shared memory, with what belongs to a token and channel: its step, the slope of the
@@ -19,17 +19,17 @@
 //      are multiply-adds, and sums through shared memory. Sums over states go through shared memory.
 // dB and dC of a group take its place in shared memory; after a window they are added up over the warps of
 // the block and written as one partial for every block and token. Their memory is bounded: launches take the
-// pieces in portions. dA, dD and ddelta_bias have a partial for each piece. The second pass
-// (selective_scan_tuned_sums.cuh) adds partials in a fixed order: bitwise repeatable.
+// pieces in portions. A second pass (selective_scan_tuned_sums.cuh) adds partials.
 //
-// The pieces of a row are chained: a block waits for the state gradient of the one on its right. Blocks take
-// pieces in that order from a counter, so whoever waits waits for a block that runs. Rows of few channels are
-// cut into segments whose chains run side by side, each from the gradient that a pass before has found.
+// Pieces pass on the state gradient, and what dA, dD and ddelta_bias have come to, in the order of the chain:
+// bitwise repeatable, whoever takes them. Of many chains, blocks take pieces of 8 windows, in that order from
+// a counter, and wait for the state gradient of the one on the right. Of few chains, blocks of the same chain
+// take its windows in turn (kTurns). There the first way also finds what a window makes of the state
+// gradient: it is passed on before the second way begins. Who waits waits for a block that runs.
 //
 // Shared memory: 93 KiB of a block, 109 in float32 and float16; two blocks a multiprocessor. Issue slots and
-// latency bound it, some 1000 instructions for a warp and group: on an H100 with b4 d5120 l4096, 2.8 ms in
-// bfloat16 and 3.8 in float32. ncu, of blocks of 4 warps: 2.9 warps to choose from, issue slots 55 % busy,
-// L1 66 %, device memory 20 %.
+// latency bound it, some 1000 instructions for a warp and group, with turns 1060: on an H100 with b4 d5120
+// l4096, 2.6 ms in bfloat16 and 3.7 in float32. ncu: 2.9 warps to choose from, issue slots 55 % busy.
 #include "kernels/cuda/selective_scan_tuned_sums.cuh"
 
 namespace mamba_ops {
@@ -38,22 +38,7 @@ namespace gpu {
 
 namespace {
 
-__device__ inline void await_pieces(const int* done, int count) {
-  int seen;
-  do {
-    asm volatile("ld.acquire.gpu.global.b32 %0, [%1];" : "=r"(seen) : "l"(done) : "memory");
-    if (seen < count) __nanosleep(200);
-  } while (seen < count);
-}
-
-// Adds the sum over channels of v times a factor, for token t; each lane brings the factors of its own token.
-__device__ inline void sum_channels(float (&sums)[4], int t, const float (&v)[4], float2 factor) {
-  const bool own = threadIdx.x % kWarp / 4 == t;
-  mma(sums, {__float_as_uint(v[0]), __float_as_uint(v[1]), __float_as_uint(v[2]), __float_as_uint(v[3])},
-      {own ? __float_as_uint(factor.x) : 0u, own ? __float_as_uint(factor.y) : 0u});
-}
-
-template <class T, Along kAlong, bool kGate>
+template <class T, Along kAlong, bool kGate, bool kTurns>
 __global__ void __launch_bounds__(kBwdWarps* kWarp, kBwdBlocks)
     scan_bwd_tuned(const ScanBwd params, const BwdCut cut, const BwdWork work,
                    const __grid_constant__ BwdStrides strides, int first_piece, int pieces, int launch) {
@@ -61,11 +46,15 @@ __global__ void __launch_bounds__(kBwdWarps* kWarp, kBwdBlocks)
   BwdBlock<T>& block = *reinterpret_cast<BwdBlock<T>*>(s_memory);
   const ScanDims& dims = params.fwd.dims;
   const View &A_view = params.fwd.A, &B_view = params.fwd.B, &C_view = params.fwd.C, &D_view = params.fwd.D;
-  if (threadIdx.x == 0) block.taken = atomicAdd(work.taken + launch, 1);
+  const int chains = cut.chains(dims);
+  int* const counter = work.taken + (kTurns ? launch * chains + blockIdx.x % chains : launch);
+  if (threadIdx.x == 0) block.taken = atomicAdd(counter, 1);
   __syncthreads();
-  const BwdPlace at(dims, cut, block.taken, first_piece, pieces);
-  if (at.begin >= dims.l) return;
+  const int chain = kTurns ? blockIdx.x % chains : block.taken % chains;
+  int piece = first_piece + pieces - 1 - (kTurns ? block.taken : block.taken / chains);
+  if (piece < first_piece) return;
   const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp, g = lane / 4, q = lane % 4;
+  const BwdPlace at(dims, cut, chain, warp);
   BwdWarp<T>& shared = block.warp[warp];
   const int64_t row = at.row;
 
@@ -74,11 +63,12 @@ __global__ void __launch_bounds__(kBwdWarps* kWarp, kBwdBlocks)
   using Lane = LaneTokens<T, kAlong, Along::channels>;
   using Pairs = FactorPairs<T, kAlong>;
   constexpr bool kTensor = kTensorSums<T>;
+  constexpr bool kMends = sizeof(T) == 4 && !kTurns;  // the state gradient that leaves a window
   const bool live = 2 * q < at.channels;
   uint32_t moves = Lane::live(at.channels);
   keep(moves);
   const int64_t channel = at.first + (live ? 2 * q : 0);
-  float A[4], m[4], dA[4] = {}, D[2] = {}, dD[2] = {}, dbias[2] = {};
+  float A[4], m[4], dA[4], D[2] = {}, dD[2], dbias[2];
 #pragma unroll
   for (int c = 0; c < 2; ++c) {
     const int64_t of = channel + c;
@@ -87,16 +77,16 @@ __global__ void __launch_bounds__(kBwdWarps* kWarp, kBwdBlocks)
       A[2 * c + s] = load_one<float>(A_view, of * A_view.stride[0] + (2 * g + s) * A_view.stride[1]);
     if (D_view.data) D[c] = load_one<float>(D_view, of * D_view.stride[0]) * (1 / kOperandScale<T>);
   }
-  const int windows = int((at.end - at.begin + kScanCheckpointCuda - 1) / kScanCheckpointCuda);
-  float4* sums_to = reinterpret_cast<float4*>(
-      work.sums_BC + work.group_sums(cut, dims.b, at.block, row, at.segment, at.piece, 0) +
-      int64_t(windows - 1) * kWindowGroups * kGroupSums);
-
-  const auto back = [&](const BwdWindow& window) {
+  // `next`: the piece that the block has taken meanwhile, of thread 0.
+  const auto back = [&](const BwdWindow& window, float4* sums_to, int next) {
     const auto start = [&](BwdTensor i) {
       return shared.start[i] + (window.groups - 1) * int64_t(strides.bytes[i]);
     };
-    const auto lane_of = [&](const View& v, BwdTensor i) { return Lane(v, start(i), at.channels); };
+    const auto lane_of = [&](const View& v, BwdTensor i) {
+      Lane lane(v, start(i), at.channels);
+      lane.step(0);
+      return lane;
+    };
     const auto factor_of = [&](BwdTensor i) {
       __builtin_assume(__isGlobal(start(i)));
       return reinterpret_cast<const T*>(start(i));
@@ -116,10 +106,13 @@ __global__ void __launch_bounds__(kBwdWarps* kWarp, kBwdBlocks)
         next_B = B.load(B_view);
         next_C = C.load(C_view);
       }
-      u.advance(-int64_t(strides.bytes[kU]));
-      B.advance(-int64_t(strides.bytes[kB]));
-      C.advance(-int64_t(strides.bytes[kC]));
+      u.step(-int64_t(strides.bytes[kU]));
+      B.step(-int64_t(strides.bytes[kB]));
+      C.step(-int64_t(strides.bytes[kC]));
     };
+    LongMemory memory;
+    float2 total{};  // of the steps of the lane's tokens
+    if (kMends) memory.begin(m);
     load(window.groups - 1);
     for (int group = window.groups - 1; group >= 0; --group) {
       const bool cut_short = window.cut_short(group);
@@ -155,7 +148,7 @@ __global__ void __launch_bounds__(kBwdWarps* kWarp, kBwdBlocks)
       float before[kGroup][4], a[kGroup][4], h[4], sums_B[4] = {}, sums_C[4] = {};
 #pragma unroll
       for (int k = 0; k < 2; ++k) {
-        const float2 pair = reinterpret_cast<const float2*>(&kept.states[(2 * q + k) * 4 + g / 2])[g % 2];
+        const float2 pair = kept.states.pair(k);
         h[2 * k] = pair.x, h[2 * k + 1] = pair.y;
       }
 #pragma unroll
@@ -173,9 +166,10 @@ __global__ void __launch_bounds__(kBwdWarps* kWarp, kBwdBlocks)
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
           before[t][i] = h[i];
-          a[t][i] = decay<sizeof(T) == 4>((i < 2 ? step.x : step.y) * A[i]);
+          a[t][i] = exp2_of((i < 2 ? step.x : step.y) * A[i]);
           h[i] = fmaf(a[t][i], h[i], x[i]);
         }
+        if (kMends) memory.step(a[t]);
         if constexpr (kTensor) sum_channels(sums_C, t, h, go);
       }
       float2 of_half[2];  // s and sum_i A w of a channel, of a token of each half
@@ -212,16 +206,18 @@ __global__ void __launch_bounds__(kBwdWarps* kWarp, kBwdBlocks)
             w[i] = m[i] * h[i];
             dA[i] = fmaf(i < 2 ? step.x : step.y, w[i], dA[i]);
           }
-          shared.over_states[k][lane] =
-              make_float4(fmaf(of_b.x, lambda[0], of_b.y * lambda[1]), fmaf(A[0], w[0], A[1] * w[1]),
-                          fmaf(of_b.x, lambda[2], of_b.y * lambda[3]), fmaf(A[2], w[2], A[3] * w[3]));
+          const int i = k < 2 ? 0 : 2, j = 2 - i;
+          shared.over_states[k][lane] = make_float4(
+              fmaf(of_b.x, lambda[i], of_b.y * lambda[i + 1]), fmaf(A[i], w[i], A[i + 1] * w[i + 1]),
+              fmaf(of_b.x, lambda[j], of_b.y * lambda[j + 1]), fmaf(A[j], w[j], A[j + 1] * w[j + 1]));
         }
         __syncwarp();
         // Token g % 4 of the half, the lane's first channel if g < 4, else its second.
         float2 part[kGroup];
 #pragma unroll
         for (int i = 0; i < kGroup; ++i)
-          part[i] = reinterpret_cast<const float2*>(&shared.over_states[g % kHalf][i * 4 + q])[g / kHalf];
+          part[i] = reinterpret_cast<const float2*>(
+              &shared.over_states[g % kHalf][i * 4 + q])[g / kHalf ^ g % kHalf / 2];
 #pragma unroll
         for (int left = kGroup / 2; left > 0; left /= 2)
 #pragma unroll
@@ -247,6 +243,7 @@ __global__ void __launch_bounds__(kBwdWarps* kWarp, kBwdBlocks)
       const float2 one = upper ? got : mine, two = upper ? mine : got;
       const float2 steps = kept.delta.pair(g), slope = kept.slope.pair(g);
       if constexpr (!kTensor) go = kept.go.pair(g);
+      total = {total.x + steps.x, total.y + steps.y};
       dD[0] = fmaf(go.x, us.x, dD[0]);
       dD[1] = fmaf(go.y, us.y, dD[1]);
       const float2 dus = {fmaf(steps.x * kFromLog2, one.x, D[0] * go.x),
@@ -261,8 +258,8 @@ __global__ void __launch_bounds__(kBwdWarps* kWarp, kBwdBlocks)
       }
       dbias[0] += ddeltas.x;
       dbias[1] += ddeltas.y;
-      du.advance(-int64_t(strides.bytes[kDu]));
-      ddelta.advance(-int64_t(strides.bytes[kDdelta]));
+      du.step(-int64_t(strides.bytes[kDu]));
+      ddelta.step(-int64_t(strides.bytes[kDdelta]));
 
       __syncwarp();
       if constexpr (kTensor) {
@@ -277,72 +274,78 @@ __global__ void __launch_bounds__(kBwdWarps* kWarp, kBwdBlocks)
         }
       }
     }
+    if (kMends) {
+#pragma unroll
+      for (int lanes = 4; lanes < kWarp; lanes *= 2) {
+        total.x += __shfl_xor_sync(kAllLanes, total.x, lanes);
+        total.y += __shfl_xor_sync(kAllLanes, total.y, lanes);
+      }
+      memory.mend(m, {total.x * A[0], total.x * A[1], total.y * A[2], total.y * A[3]});
+    }
     __syncthreads();
     for (int i = threadIdx.x; i < window.groups * (kGroupSums / 4); i += kBwdWarps * kWarp) {
-      float4 total{};
+      float4 sum{};
 #pragma unroll
       for (int w = 0; w < kBwdWarps; ++w) {
         const float4 v = block.warp[w].group[i / (kGroupSums / 4)].sums[i % (kGroupSums / 4)];
-        total = {total.x + v.x, total.y + v.y, total.z + v.z, total.w + v.w};
+        sum = {sum.x + v.x, sum.y + v.y, sum.z + v.z, sum.w + v.w};
       }
-      __stcs(sums_to + i, total);
+      __stcs(sums_to + i, sum);
     }
-    sums_to -= kWindowGroups * (kGroupSums / 4);
-    move_left(strides, dims.d, shared);
+    if (kTurns && threadIdx.x == 0) block.taken = next;
     __syncthreads();
   };
 
-  put_channels(params, at, shared, at.begin + int64_t(windows - 1) * kScanCheckpointCuda);
-  const int64_t chain = at.segment * dims.b + row,
-                sums_row = (int64_t(at.segment) * cut.pieces + at.piece) * dims.b + row;
-  int* done = work.done + chain * cut.channel_blocks + at.block;
-  const auto states_of = [&](float* states, int64_t of_row, int c) {
-    return reinterpret_cast<float2*>(states + (of_row * dims.d + channel + c) * kTunedState) + g;
-  };
-  const int last = int(at.end - at.begin) - (windows - 1) * int(kScanCheckpointCuda);  // tokens
-  for (int k = windows - 1; k >= 0; --k) {
-    const int tokens = k == windows - 1 ? last : int(kScanCheckpointCuda);
-    const int groups = (tokens + kGroup - 1) / kGroup;
-    const BwdWindow window{k == 0 && at.begin == 0, groups, tokens - (groups - 1) * kGroup};
-    run_again<T, kAlong, kGate>(params, strides, at, shared, window);
-    if (k > 0) prefetch_left<T, kGate>(strides, dims.d, shared);
-    if (k == windows - 1) {
-      if (const int before = at.before(dims, cut); before > 0) {
-        if (threadIdx.x == 0) await_pieces(done, before);
-        __syncthreads();
+  const int64_t warp_of_chain = int64_t(chain) * kBwdWarps + warp;
+  Passed* const carry = work.carry + warp_of_chain * kLaneStates * kWarp + lane;
+  Passed* const passed_totals = work.totals + warp_of_chain * kTotals * kWarp + lane;
+  constexpr int kWindow = int(kScanCheckpointCuda);
+  put_channels(params, at, shared,
+               (std::min((piece + 1) * cut.piece_tokens, dims.l) - 1) / kWindow * kWindow);
+  for (bool more = true; more;) {
+    const int before = cut.pieces - 1 - piece;  // pieces of the chain
+    const int64_t begin = piece * cut.piece_tokens, end = std::min(begin + cut.piece_tokens, dims.l);
+    const int windows = int((end - begin + kWindow - 1) / kWindow);
+    for (float* sum : {&dA[0], &dA[1], &dA[2], &dA[3], &dD[0], &dD[1], &dbias[0], &dbias[1]}) *sum = 0;
+    int next = 0;
+    for (int k = windows - 1; k >= 0; --k) {
+      const int tokens = int(std::min<int64_t>(end - begin - int64_t(k) * kWindow, kWindow));
+      const int groups = (tokens + kGroup - 1) / kGroup;
+      const BwdWindow window{k == 0 && begin == 0, groups, tokens - (groups - 1) * kGroup};
+      const WindowGradient left = run_again<T, kAlong, kGate, kTurns>(params, strides, at, shared, window);
+      if (kTurns) {
+        if (threadIdx.x == 0) next = atomicAdd(counter, 1);
+        if (piece >= first_piece + cut.turns) prefetch_left<T, kGate>(strides, dims.d, shared, cut.turns);
+        pass_window(m, left, shared, carry, before);
+      } else {
+        if (k > 0) prefetch_left<T, kGate>(strides, dims.d, shared, 1);
+        if (k == windows - 1) await(m, carry, before);
       }
-#pragma unroll
-      for (int c = 0; c < 2; ++c) {
-        const float2 v = __ldcg(states_of(work.carry, chain, c));
-        m[2 * c] = v.x, m[2 * c + 1] = v.y;
-      }
+      const int64_t to = work.group_sums(cut, dims.b, at.block, row, piece, k * kWindowGroups);
+      back(window, reinterpret_cast<float4*>(work.sums_BC + to), next);
+      if (!kTurns) move_left(strides, dims.d, shared, 1);
+      __syncwarp();
     }
-    back(window);
-  }
 
+    if (!kTurns) pass_on(m, carry, before + 1);
+    const float mine[kTotals] = {dA[0], dA[1], dA[2], dA[3], dD[0], dD[1], dbias[0], dbias[1]};
+    float totals[kTotals];
+    await(totals, passed_totals, before);
 #pragma unroll
-  for (int c = 0; c < 2; ++c) {
-    if (live) {
-      const float2 left = {m[2 * c], m[2 * c + 1]};
-      *states_of(work.carry, chain, c) = left;
-      if (at.begin == 0 && params.dstates_in)
-        *states_of(static_cast<float*>(params.dstates_in), row, c) = left;
-      *states_of(work.sums_A, sums_row, c) = {kFromLog2 * dA[2 * c], kFromLog2 * dA[2 * c + 1]};
-    }
-#pragma unroll
-    for (int offset = 4; offset < kWarp; offset *= 2) {
-      dD[c] += __shfl_xor_sync(kAllLanes, dD[c], offset);
-      dbias[c] += __shfl_xor_sync(kAllLanes, dbias[c], offset);
-    }
-    if (live && g == 0) {
-      float* to = work.sums_d + sums_row * 2 * dims.d + channel + c;
-      to[0] = dD[c] * (1 / kOperandScale<T>);
-      to[dims.d] = dbias[c];
+    for (int i = 0; i < kTotals; ++i) totals[i] += mine[i];
+    if (piece > 0)
+      pass_on(totals, passed_totals, before + 1);
+    else
+      put_totals<T>(params, work, at, totals, m);
+    more = false;
+    if (kTurns) {
+      const int taken = first_piece + pieces - 1 - block.taken;
+      more = taken >= first_piece;
+      move_left(strides, dims.d, shared, piece - taken);
+      piece = taken;
+      __syncwarp();
     }
   }
-  __threadfence();
-  __syncthreads();
-  if (threadIdx.x == 0) asm volatile("red.release.gpu.global.add.s32 [%0], 1;" ::"l"(done) : "memory");
 }
 
 // ---- Host
@@ -356,25 +359,21 @@ const char* launch_bwd(const ScanBwd& p, const BwdPlan& plan, cudaStream_t strea
   const BwdStrides strides{{bytes(p.fwd.u, 2), bytes(p.fwd.delta, 2), bytes(p.fwd.z, 2), bytes(p.dy, 2),
                             bytes(p.du, 2), bytes(p.ddelta, 2), bytes(p.dz, 2), bytes(p.fwd.B, 3),
                             bytes(p.fwd.C, 3)}};
-  if (cut.segments > 1) {
-    const dim3 grid(unsigned((dims.d + kBwdChannels - 1) / kBwdChannels), unsigned(dims.b),
-                    unsigned(cut.segments - 1));
-    scan_gradient_ends<T, kAlong, kGate><<<grid, kBwdWarps * kWarp, 0, stream>>>(p, cut, plan.work, strides);
-  }
-  scan_combine_gradients<<<blocks(dims.b * dims.d * kTunedState), kSumThreads, 0, stream>>>(p, cut,
+  const int64_t lanes = int64_t(cut.chains(dims)) * kBwdWarps * kWarp;
+  scan_begin_gradients<<<blocks(lanes * (kLaneStates + kTotals)), kSumThreads, 0, stream>>>(p, cut,
                                                                                             plan.work);
-  const auto kernel = scan_bwd_tuned<T, kAlong, kGate>;
+  const auto kernel =
+      cut.turns > 1 ? scan_bwd_tuned<T, kAlong, kGate, true> : scan_bwd_tuned<T, kAlong, kGate, false>;
   cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(sizeof(BwdBlock<T>)));
   for (int launch = 0; launch < plan.launches; ++launch) {
     const int end = cut.pieces - launch * cut.portion, first = std::max(end - cut.portion, 0);
-    const int64_t taken = dims.b * cut.channel_blocks * cut.segments * (end - first);
+    const int64_t taken = int64_t(cut.chains(dims)) * (cut.turns > 1 ? cut.turns : end - first);
     kernel<<<unsigned(taken), kBwdWarps * kWarp, sizeof(BwdBlock<T>), stream>>>(p, cut, plan.work, strides,
                                                                                 first, end - first, launch);
-    const int64_t groups = cut.segments * (end - first) * (cut.piece_tokens / kGroup);
-    const dim3 grid(blocks(groups * kGroupSums / 4), unsigned(dims.b));
+    const dim3 grid(blocks((end - first) * (cut.piece_tokens / kGroup) * kGroupSums / 4), unsigned(dims.b));
     scan_sum_channels<<<grid, kSumThreads, 0, stream>>>(p, cut, plan.work, first, end - first);
   }
-  scan_sum_tokens<<<blocks(dims.d * (kTunedState + 2)), kSumThreads, 0, stream>>>(p, cut, plan.work);
+  scan_sum_rows<<<blocks(dims.d * (kTunedState + 2)), kSumThreads, 0, stream>>>(p, plan.work);
   return launch_error();
 }
 

@@ -5,16 +5,17 @@
 //
 // A warp takes 8 channels of a row through all tokens, in groups of 8; no barrier, and in 16 bits no shared
 // memory. While it computes a group the next one is on its way to registers, and a later one to L2. Few
-// channels leave most of the machine idle: there `kTurns` warps share the 8 channels and take the groups in
-// turn. Each makes decays and inputs of its group and what they make of the state; it waits for the state,
-// passes it on after one multiply-add, and then makes the outputs. No value is summed by two threads: bitwise
-// repeatable. Tail tokens are a group with steps of zero.
+// channels leave most of the machine idle: there the `kTurns` warps of a block share 8 channels and take a
+// round of groups at once. Each makes decays and inputs of its group and what they make of the state, and
+// leaves that in shared memory; between two barriers one warp, another in each round, takes the state through
+// the groups; then each makes its outputs. No value is summed by two threads: bitwise repeatable. Tail tokens
+// are a group with steps of zero.
 //
 // Special-function units and issue slots bound it: 39 of some 260 instructions of a warp and group are
 // special functions, at 8 cycles each. On an H100 with b4 d5120 l4096 and all options, 0.62 ms in bfloat16
 // (ncu, of 317 instructions in 0.67 ms: special-function units 65 % busy, issue slots 66 %, device memory
-// 32 %), 0.82 ms in float32, where decays near 1 are taken from a parabola. Turns: latency bounds them, b1
-// d2048 l65536 takes 1.4 ms.
+// 32 %), 0.82 ms in float32. Turns: some 370 instructions of a warp and group, 43 of them special functions,
+// and the barriers.
 #include <algorithm>
 #include <climits>
 
@@ -33,16 +34,40 @@ constexpr int kCheckpointGroups = kScanCheckpointCuda / kGroup;
 template <int kTurns>
 constexpr int kFwdWarps = kTurns < 4 ? 4 : kTurns;
 
-// Barriers of 64 threads between a warp and the one whose turn is next: the state of warp w is there, and has
-// been taken. Between them they order every write and read of a state; compute-sanitizer's racecheck reports
-// these as races nevertheless.
-__device__ int passed(int warp) { return warp; }
+// The state between the groups of a round, one of each warp of the block.
 template <int kTurns>
-__device__ int taken(int warp) {
-  return kFwdWarps<kTurns> + warp;
-}
-__device__ void arrive(int id) { asm volatile("bar.arrive %0, 64;" ::"r"(id) : "memory"); }
-__device__ void await(int id) { asm volatile("bar.sync %0, 64;" ::"r"(id) : "memory"); }
+struct Round {
+  struct {
+    float4 through[kWarp], alone[kWarp];  // what a group makes of the state, h -> through h + alone
+  } group[kTurns];
+  float4 state[kWarp];  // that enters the round
+
+  // Of all warps of the block, wherever they are.
+  __device__ static void meet() { asm volatile("bar.sync 0;" ::: "memory"); }
+
+  // The state that enters the warp's group. One warp, `mine`, takes it through the round.
+  __device__ float4 pass(int turn, bool mine, const float (&through)[kLaneStates],
+                         const float (&alone)[kLaneStates]) {
+    const int lane = threadIdx.x % kWarp;
+    group[turn].through[lane] = make_float4(through[0], through[1], through[2], through[3]);
+    group[turn].alone[lane] = make_float4(alone[0], alone[1], alone[2], alone[3]);
+    meet();
+    if (mine) {
+      float4 h = state[lane];
+#pragma unroll
+      for (int k = 0; k < kTurns; ++k) {
+        const float4 a = group[k].through[lane], x = group[k].alone[lane];
+        group[k].alone[lane] = h;
+        h = make_float4(fmaf(a.x, h.x, x.x), fmaf(a.y, h.y, x.y), fmaf(a.z, h.z, x.z), fmaf(a.w, h.w, x.w));
+      }
+      state[lane] = h;
+    }
+    meet();
+    return group[turn].alone[lane];
+  }
+};
+template <>
+struct Round<1> {};
 
 // Bytes by which a warp moves on after a group.
 struct Strides {
@@ -77,13 +102,13 @@ __global__ void __launch_bounds__(kFwdWarps<kTurns>* kWarp, kTurns == 1 ? 5 : 16
     scan_fwd_tuned(const ScanFwd params, const Strides strides) {
   constexpr int kWarps = kFwdWarps<kTurns>;
   using Lane = LaneTokens<T, kAlong>;
-  __shared__ float4 s_state[kTurns > 1 ? kWarps : 1][kWarp];
+  __shared__ Round<kTurns> round;
   using Input = InputFactor<T, kAlong>;
   using Output = OutputFactor<T, kAlong>;
   __shared__ float s_B[kWarps][Input::kShared], s_C[kWarps][Output::kShared];
   const ScanDims& dims = params.dims;
   const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp, q = lane % 4;
-  const int turn = warp % kTurns, before = warp - turn + (turn + kTurns - 1) % kTurns;  // whose state we take
+  const int turn = warp % kTurns;
   const int64_t row = blockIdx.y;
   const int64_t first = (int64_t(blockIdx.x) * (kWarps / kTurns) + warp / kTurns) * kWarpChannels;
   if (first >= dims.d) return;
@@ -127,8 +152,6 @@ __global__ void __launch_bounds__(kFwdWarps<kTurns>* kWarp, kTurns == 1 ? 5 : 16
   Output output = output_of(turn);
   constexpr bool kPrefetches = kTurns == 1 && kAlong == Along::channels && sizeof(T) == 2;
   Prefetch<T> prefetch(params, strides, row, first);
-  uint32_t until_checkpoint = params.checkpoints && turn == kTurns - 1 ? kCheckpointGroups / kTurns : 0;
-
   Pack<T, 2> next_u, next_delta, next_z;
   typename Input::Raw next_B;
   typename Output::Raw next_C;
@@ -145,6 +168,13 @@ __global__ void __launch_bounds__(kFwdWarps<kTurns>* kWarp, kTurns == 1 ? 5 : 16
     output.advance(strides.C);
   };
 
+  // In float32 the state of one warp for a chain is mended after every window.
+  constexpr bool kMends = sizeof(T) == 4 && kTurns == 1;
+  uint32_t until_window =
+      kMends || (params.checkpoints && turn == kTurns - 1) ? kCheckpointGroups / kTurns : 0;
+  LongMemory memory;
+  memory.begin(state);
+  float total = 0;  // of the lane's steps in the window
   const auto process = [&]<bool kWhole>(int group) {
     const float2 us = u.values(next_u), raw = delta.values(next_delta);
     float2 zs{};
@@ -168,38 +198,29 @@ __global__ void __launch_bounds__(kFwdWarps<kTurns>* kWarp, kTurns == 1 ? 5 : 16
 #pragma unroll
       for (int p = 0; p < 4; ++p) {
         if (p % 2 == 0) input.inputs(h, p / 2);
-        decays<sizeof(T) == 4>(a, steps, A, p);
+        decays(a, steps, A, p);
         advance(h, a, state, p);
         output.outputs(h, p);
+        if (kMends) memory.step(a[2 * p]), memory.step(a[2 * p + 1]);
       }
+      total += steps[0] + steps[1];
     } else {
 #pragma unroll
       for (int p = 0; p < 4; ++p) {
         if (p % 2 == 0) input.inputs(h, p / 2);
-        decays<sizeof(T) == 4>(a, steps, A, p);
+        decays(a, steps, A, p);
       }
-      float alone[kLaneStates] = {}, through = steps[0] + steps[1];  // the group's inputs, and all its steps
-      through += __shfl_xor_sync(kAllLanes, through, 1);
-      through += __shfl_xor_sync(kAllLanes, through, 2);
-      float decay[kLaneStates];
+      float alone[kLaneStates], through[kLaneStates], sum = steps[0] + steps[1];
+      sum += __shfl_xor_sync(kAllLanes, sum, 1);
+      sum += __shfl_xor_sync(kAllLanes, sum, 2);
 #pragma unroll
       for (int i = 0; i < kLaneStates; ++i) {
-        decay[i] = exp2_of(through * A[i]);
+        through[i] = decay_over<T>(sum * A[i]);
+        alone[i] = h[0][i];
 #pragma unroll
-        for (int t = 0; t < kGroup; ++t) alone[i] = fmaf(a[t][i], alone[i], h[t][i]);
+        for (int t = 1; t < kGroup; ++t) alone[i] = fmaf(a[t][i], alone[i], h[t][i]);
       }
-      if (group >= kTurns && group + 1 < groups) await(taken<kTurns>(warp));
-      if (group > 0) {
-        await(passed(before));
-        take(s_state[before][lane]);
-        if (group + kTurns < groups) arrive(taken<kTurns>(before));
-      }
-      if (group + 1 < groups) {
-#pragma unroll
-        for (int i = 0; i < kLaneStates; ++i) alone[i] = fmaf(decay[i], state[i], alone[i]);
-        s_state[warp][lane] = make_float4(alone[0], alone[1], alone[2], alone[3]);
-        arrive(passed(warp));
-      }
+      take(round.pass(turn, group / kTurns % kTurns == turn, through, alone));
 #pragma unroll
       for (int p = 0; p < 4; ++p) {
         advance(h, a, state, p);
@@ -218,8 +239,16 @@ __global__ void __launch_bounds__(kFwdWarps<kTurns>* kWarp, kTurns == 1 ? 5 : 16
     else
       y.store_some(params.y, stores, o, tail);
     y.advance(strides.y);
-    if (kWhole && --until_checkpoint == 0) {
-      until_checkpoint = kCheckpointGroups / kTurns;
+    if (kWhole && --until_window == 0) {
+      until_window = kCheckpointGroups / kTurns;
+      if (kMends) {
+        total += __shfl_xor_sync(kAllLanes, total, 1);
+        total += __shfl_xor_sync(kAllLanes, total, 2);
+        memory.mend(state, {total * A[0], total * A[1], total * A[2], total * A[3]});
+        memory.begin(state);
+        total = 0;
+        if (!params.checkpoints) return;
+      }
       const int64_t at = row * (dims.l / kScanCheckpointCuda) + group / kCheckpointGroups;
       float* to = static_cast<float*>(params.checkpoints) + (at * kTunedState + 4 * q) * dims.d + channel;
 #pragma unroll
@@ -228,6 +257,9 @@ __global__ void __launch_bounds__(kFwdWarps<kTurns>* kWarp, kTurns == 1 ? 5 : 16
     }
   };
 
+  if constexpr (kTurns > 1) {
+    if (turn == 0) round.state[lane] = make_float4(state[0], state[1], state[2], state[3]);
+  }
   if (turn < whole) load();
   for (int group = turn; group < whole; group += kTurns) process.template operator()<true>(group);
   if (tail > 0 && whole % kTurns == turn) {
@@ -238,6 +270,10 @@ __global__ void __launch_bounds__(kFwdWarps<kTurns>* kWarp, kTurns == 1 ? 5 : 16
     next_C = output_of(whole).load_some(params.C, tail);
     y = lane_of(params.y, whole);
     process.template operator()<false>(whole);
+  }
+  if constexpr (kTurns > 1) {  // a last round without a group for this warp
+    const int last = (groups - 1) / kTurns;
+    if (last * kTurns + turn >= groups) round.pass(turn, last % kTurns == turn, {1, 1, 1, 1}, {});
   }
   if (params.states_out && live && (groups - 1) % kTurns == turn)
     *state_at(params.states_out) = make_float4(state[0], state[1], state[2], state[3]);

@@ -83,6 +83,14 @@ __device__ inline void move(T*& p, int64_t bytes) {
   using Byte = std::conditional_t<std::is_const_v<T>, const char, char>;
   p = reinterpret_cast<T*>(reinterpret_cast<Byte*>(p) + bytes);
 }
+// The same for global memory, where registers are short: the pointer stays one pair of them, of which the
+// compiler would else step a copy for every use.
+template <class T>
+__device__ inline void step(T*& p, int64_t bytes) {
+  size_t address = __cvta_generic_to_global(p) + bytes;
+  asm volatile("" : "+l"(address));
+  p = static_cast<T*>(__cvta_global_to_generic(address));
+}
 
 __host__ __device__ inline int64_t size_of(DType dtype) {
   return dtype == DType::f64 ? 8 : dtype == DType::f32 ? 4 : 2;
@@ -155,6 +163,7 @@ struct LaneTokens {
       if (live && token(k) < left) p[k * second(v)] = from_real<T>(pair.at(k));
   }
   __device__ void advance(int64_t bytes) { move(p, bytes); }
+  __device__ void step(int64_t bytes) { gpu::step(p, bytes); }
 
  private:
   static constexpr bool kTokens = kPair == Along::tokens;

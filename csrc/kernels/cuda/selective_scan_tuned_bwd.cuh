@@ -1,56 +1,16 @@
-// The tuned backward of the selective scan: how its work is cut, its scratch
-// and shared memory, and the first of its two ways through a window of 64
-// tokens.
+// The tuned backward of the selective scan: its shared memory, and the first of its two ways through a window
+// of 64 tokens.
 #pragma once
-#include "kernels/cuda/selective_scan_tuned_factors.cuh"
+#include "kernels/cuda/selective_scan_tuned_chain.cuh"
 
 namespace mamba_ops::gpu {
-
-inline constexpr int kBwdWarps = 6,
-                     kBwdBlocks = 2;                            // of a block; blocks of a multiprocessor
-inline constexpr int kBwdChannels = kBwdWarps * kWarpChannels;  // of a block
-inline constexpr int kGroupSums = 2 * kGroup * kTunedState;     // dB and dC of a group
-
-// Rows are cut into segments, segments into pieces; a piece is a whole number
-// of windows of 64 tokens.
-struct BwdCut {
-  int64_t piece_tokens;
-  int segments, pieces;              // pieces of a segment
-  int portion;                       // pieces of a segment in one launch
-  int channel_blocks, share_blocks;  // a share: channels with the same B and C
-  int share;                         // channels
-
-  __host__ __device__ int64_t segment_tokens() const { return pieces * piece_tokens; }
-};
-
-// Scratch memory.
-struct BwdWork {
-  float* carry;    // (segments, b, d, n): the state gradient that enters a
-                   // segment, then a piece, on its right
-  float* steps;    // (segments, b, d): sum of the steps of a segment
-  float* sums_A;   // (segments, pieces, b, d, n)
-  float* sums_d;   // (segments, pieces, b, 2, d): dD, ddelta_bias
-  float* sums_BC;  // (channel blocks, b, segments, portion, groups of a piece,
-                   // kGroupSums)
-  int* taken;      // (launches): pieces that blocks have taken
-  int* done;       // (segments, b, channel blocks): pieces that are done
-  int counters;    // of both
-
-  __device__ int64_t group_sums(const BwdCut& cut, int64_t b, int block, int64_t row, int segment, int piece,
-                                int group) const {
-    const int64_t groups = cut.piece_tokens / kGroup;
-    return ((((block * b + row) * cut.segments + segment) * cut.portion + piece % cut.portion) * groups +
-            group) *
-           kGroupSums;
-  }
-};
 
 inline constexpr int kWindowGroups = kScanCheckpointCuda / kGroup;
 inline constexpr int kFactorRow = kTunedState + 4;  // floats of a token of B or C, against bank conflicts
 inline constexpr int kHalf = kGroup / 2;            // tokens of which sums over states are taken at once
 
-// A value for each token and channel of a group. Tokens 4 and up lie in swapped
-// pairs, against bank conflicts.
+// A value for each token and channel of a group. Tokens 4 and up lie in swapped pairs, against bank
+// conflicts.
 struct TokenValues {
   float value[kGroup][kWarpChannels];
 
@@ -59,22 +19,34 @@ struct TokenValues {
   __device__ float2& pair(int token) { return *reinterpret_cast<float2*>(&at(token, threadIdx.x % 4 * 2)); }
 };
 
-// What the first way through a window leaves for the second one; there it makes
-// room for the group's sums.
-union BwdGroup {
-  struct {
-    float4 states[kWarp];  // that enter the group
-    // input: delta u; go and input: times kOperandScale; slope: of the
-    // softplus.
-    TokenValues delta, slope, input, go;
-  };
-  float4 sums[2 * kWarp];  // dB, then dC: value 2 k + s of a lane is of token 2
-                           // q + k and state 2 g + s
+// States between the ways: a lane of the first puts those of 4 q and up of channel g, a lane of the second
+// takes 2 g and 2 g + 1 of channel 2 q + c. The places of two channels are turned against those of the next
+// two, against bank conflicts.
+struct StateValues {
+  float4 value[kWarp];
+
+  __device__ void put(const float (&v)[kLaneStates]) {
+    const int lane = threadIdx.x % kWarp;
+    value[lane ^ lane / 8 * 2] = make_float4(v[0], v[1], v[2], v[3]);
+  }
+  __device__ float2 pair(int c) const {
+    const int g = threadIdx.x % kWarp / 4, q = threadIdx.x % 4;
+    return reinterpret_cast<const float2*>(&value[((2 * q + c) * 4 + g / 2) ^ q * 2])[g % 2];
+  }
 };
 
-// Products with B and C, and sums over channels, run on the tensor cores. Not
-// so in float16: they would cut the operands to as many bits as the results
-// have.
+// What the first way through a window leaves for the second one; there it makes room for the group's sums.
+union BwdGroup {
+  struct {
+    StateValues states;  // that enter the group
+    // input: delta u; go and input: times kOperandScale; slope: of the softplus.
+    TokenValues delta, slope, input, go;
+  };
+  float4 sums[2 * kWarp];  // dB, then dC: value 2 k + s of a lane is of token 2 q + k and state 2 g + s
+};
+
+// Products with B and C, and sums over channels, run on the tensor cores. Not so in float16: they would cut
+// the operands to as many bits as the results have.
 template <class T>
 inline constexpr bool kTensorSums = std::is_same_v<T, bf16>;
 
@@ -85,9 +57,13 @@ struct BwdShared {
   BwdGroup group[kWindowGroups];
   float4 rates[kWarp];  // A of the states 4 q and up of channel g
   float bias[kWarpChannels], D[kWarpChannels];
-  float4 over_states[kHalf][kWarp + 4];  // a lane's part of s and sum_i A w, for
-                                         // its two channels
-  char* start[kTensors];                 // of the window, at the warp's first channel
+  union {
+    // A lane's part of s and sum_i A w, for its two channels; for two of the tokens in the other order,
+    // against bank conflicts.
+    float4 over_states[kHalf][kWarp + 4];
+    StateValues entering;
+  };
+  char* start[kTensors];  // of the window, at the warp's first channel
 };
 template <class T, bool = kTensorSums<T>>
 struct BwdWarp : BwdShared {
@@ -99,8 +75,7 @@ struct BwdWarp<T, false> : BwdShared {
     float factors[2 * kGroup * kTunedState];  // of the first way
     struct {
       float B[kGroup][kFactorRow], C[kGroup][kFactorRow];
-      float4 over_channels[kHalf][kWarp];  // a lane's part of dB and dC for its
-                                           // two states
+      float4 over_channels[kHalf][kWarp + 1];  // a lane's part of dB and dC for its two states
     };
   };
 };
@@ -123,34 +98,6 @@ struct BwdStrides {
   uint32_t bytes[kTensors];  // none of the checkpoints
 };
 
-// Which channels a block and its warps have, and which tokens.
-struct BwdPlace {
-  int segment, piece, block;
-  int64_t row, begin, end;  // tokens
-  int64_t first;            // channel of the warp
-  int channels;             // of the warp, 0 to 8
-
-  __device__ BwdPlace(const ScanDims& dims, const BwdCut& cut, int taken, int first_piece, int pieces) {
-    const int warp = threadIdx.x / kWarp;
-    const int64_t chains = dims.b * cut.channel_blocks;
-    block = int(taken % cut.channel_blocks);
-    row = taken % chains / cut.channel_blocks;
-    segment = int(taken / chains % cut.segments);
-    piece = first_piece + pieces - 1 - int(taken / chains / cut.segments);
-    begin = segment * cut.segment_tokens() + piece * cut.piece_tokens;
-    end = std::min(begin + cut.piece_tokens, dims.l);
-    const int64_t share = int64_t(block / cut.share_blocks) * cut.share;
-    first = share + block % cut.share_blocks * kBwdChannels + warp * kWarpChannels;
-    channels = int(std::max<int64_t>(std::min<int64_t>(share + cut.share - first, kWarpChannels), 0));
-    if (channels == 0) first = share;
-  }
-  // Pieces of the chain on the right of this one.
-  __device__ int before(const ScanDims& dims, const BwdCut& cut) const {
-    const int64_t tokens = std::min(cut.segment_tokens(), dims.l - segment * cut.segment_tokens());
-    return int((tokens + cut.piece_tokens - 1) / cut.piece_tokens) - 1 - piece;
-  }
-};
-
 // Up to 64 tokens of a piece, in groups of which the last has `tail` tokens.
 struct BwdWindow {
   bool first;  // of the row
@@ -159,8 +106,7 @@ struct BwdWindow {
   __device__ bool cut_short(int group) const { return tail < kGroup && group + 1 == groups; }
 };
 
-// What the first way needs of the warp's channels, and where its last window
-// begins.
+// What the first way needs of the warp's channels, and where its last window begins.
 template <class T>
 __device__ void put_channels(const ScanBwd& params, const BwdPlace& at, BwdWarp<T>& shared, int64_t token) {
   const ScanFwd& p = params.fwd;
@@ -197,34 +143,43 @@ __device__ void put_channels(const ScanBwd& params, const BwdPlace& at, BwdWarp<
   __syncwarp();
 }
 
-// Moves on to the window on the left.
+// Moves on to a window on the left.
 template <class T>
-__device__ void move_left(const BwdStrides& strides, int64_t d, BwdWarp<T>& shared) {
+__device__ void move_left(const BwdStrides& strides, int64_t d, BwdWarp<T>& shared, int windows) {
   const int i = threadIdx.x % kWarp;
   if (i < kTensors)
-    shared.start[i] -= i == kCheckpoints ? kTunedState * d * int64_t(sizeof(float))
-                                         : int64_t(strides.bytes[i]) * kWindowGroups;
+    shared.start[i] -= windows * (i == kCheckpoints ? kTunedState * d * int64_t(sizeof(float))
+                                                    : int64_t(strides.bytes[i]) * kWindowGroups);
 }
 
-// Asks for what the first way through the window on the left reads first.
+// Asks for what the first way through a window on the left reads first.
 template <class T, bool kGate>
-__device__ void prefetch_left(const BwdStrides& strides, int64_t d, BwdWarp<T>& shared) {
+__device__ void prefetch_left(const BwdStrides& strides, int64_t d, BwdWarp<T>& shared, int windows) {
   const int lane = threadIdx.x % kWarp;
   const auto ask = [](const char* p) { asm volatile("prefetch.global.L2 [%0];" ::"l"(p)); };
 #pragma unroll
   for (const BwdTensor i : {kU, kDelta, kDy, kZ}) {
     if (i == kZ && !kGate) continue;
-    const char* p = shared.start[i] - (lane + 1) * int64_t(strides.bytes[i] / kGroup);
+    const int64_t token = strides.bytes[i] / kGroup;
+    const char* p = shared.start[i] - ((windows - 1) * kScanCheckpointCuda + lane + 1) * token;
     ask(p);
-    ask(p - kWarp * int64_t(strides.bytes[i] / kGroup));
+    ask(p - kWarp * token);
   }
-  if (lane < kTunedState) ask(shared.start[kCheckpoints] - (kTunedState - lane) * d * int64_t(sizeof(float)));
+  if (lane < kTunedState)
+    ask(shared.start[kCheckpoints] - (windows * kTunedState - lane) * d * int64_t(sizeof(float)));
 }
 
-// The recurrence through a window once more: fills shared.group, stores dz.
-template <class T, Along kAlong, bool kGate>
-__device__ void run_again(const ScanBwd& params, const BwdStrides& strides, const BwdPlace& at,
-                          BwdWarp<T>& shared, const BwdWindow& window) {
+// What leaves a window on the left: `alone` if nothing enters on the right, and the part of that which gets
+// through.
+struct WindowGradient {
+  float alone[kLaneStates], through[kLaneStates];
+};
+
+// The recurrence through a window once more: fills shared.group, stores dz. With kTurns also, of a group,
+//   sum_t 2^(A (delta_begin + .. + delta_t)) C_t go_t
+template <class T, Along kAlong, bool kGate, bool kTurns>
+__device__ WindowGradient run_again(const ScanBwd& params, const BwdStrides& strides, const BwdPlace& at,
+                                    BwdWarp<T>& shared, const BwdWindow& window) {
   const ScanDims& dims = params.fwd.dims;
   const View &u_view = params.fwd.u, &delta_view = params.fwd.delta, &B_view = params.fwd.B,
              &C_view = params.fwd.C;
@@ -249,7 +204,11 @@ __device__ void run_again(const ScanBwd& params, const BwdStrides& strides, cons
     for (int i = 0; i < kLaneStates; ++i) state[i] = from[4 * q + i];
   }
 
-  const auto lane_of = [&](const View& v, BwdTensor i) { return Lane(v, shared.start[i], at.channels); };
+  const auto lane_of = [&](const View& v, BwdTensor i) {
+    Lane lane(v, shared.start[i], at.channels);
+    lane.step(0);
+    return lane;
+  };
   const auto factor_of = [&](BwdTensor i) {
     __builtin_assume(__isGlobal(shared.start[i]));
     return reinterpret_cast<const T*>(shared.start[i]);
@@ -258,8 +217,11 @@ __device__ void run_again(const ScanBwd& params, const BwdStrides& strides, cons
        dy = lane_of(params.dy, kDy), dz = lane_of(dz_view, kGate ? kDz : kDu);
   Input input(B_view, factor_of(kB), shared_factors(shared, 0));
   Output output(C_view, factor_of(kC), shared_factors(shared, 1));
+  Input gradient(input, C_view, factor_of(kC), shared_factors(shared, 1));
+  WindowGradient left{};
+  float total = 0;  // of the steps
   Pack<T, 2> next_u, next_delta, next_z, next_dy;
-  typename Input::Raw next_B;
+  typename Input::Raw next_B, next_gradient;
   typename Output::Raw next_C;
   const auto load = [&](int group) {
     if (window.cut_short(group)) {
@@ -267,6 +229,7 @@ __device__ void run_again(const ScanBwd& params, const BwdStrides& strides, cons
       next_delta = delta.load_some(delta_view, window.tail);
       next_dy = dy.load_some(params.dy, window.tail);
       next_B = input.load_some(B_view, window.tail);
+      if (kTurns) next_gradient = gradient.load_some(C_view, window.tail);
       if (kGate) {
         next_z = z.load_some(z_view, window.tail);
         next_C = output.load_some(C_view, window.tail);
@@ -277,15 +240,19 @@ __device__ void run_again(const ScanBwd& params, const BwdStrides& strides, cons
     next_delta = delta.load(delta_view);
     next_dy = dy.load(params.dy);
     next_B = input.load(B_view);
-    u.advance(strides.bytes[kU]);
-    delta.advance(strides.bytes[kDelta]);
-    dy.advance(strides.bytes[kDy]);
-    input.advance(strides.bytes[kB]);
+    u.step(strides.bytes[kU]);
+    delta.step(strides.bytes[kDelta]);
+    dy.step(strides.bytes[kDy]);
+    input.step(strides.bytes[kB]);
+    if (kTurns) {
+      next_gradient = gradient.load(C_view);
+      gradient.step(strides.bytes[kC]);
+    }
     if (kGate) {
       next_z = z.load(z_view);
       next_C = output.load(C_view);
-      z.advance(strides.bytes[kZ]);
-      output.advance(strides.bytes[kC]);
+      z.step(strides.bytes[kZ]);
+      output.step(strides.bytes[kC]);
     }
   };
   load(0);
@@ -299,7 +266,7 @@ __device__ void run_again(const ScanBwd& params, const BwdStrides& strides, cons
       go = {dys.x * zs.x * s.x, dys.y * zs.y * s.y};
     }
     BwdGroup& kept = shared.group[group];
-    kept.states[lane] = make_float4(state[0], state[1], state[2], state[3]);
+    kept.states.put(state);
     float steps[2], inputs[2];
 #pragma unroll
     for (int k = 0; k < 2; ++k) {
@@ -315,6 +282,7 @@ __device__ void run_again(const ScanBwd& params, const BwdStrides& strides, cons
     }
     input.begin(next_B, inputs);
     if (kGate) output.begin(next_C);
+    if (kTurns) gradient.begin(next_gradient, {go.x * go_scale, go.y * go_scale});
     if (group + 1 < window.groups) load(group + 1);
     float a[kGroup][kLaneStates], h[kGroup][kLaneStates];
 #pragma unroll
@@ -323,6 +291,21 @@ __device__ void run_again(const ScanBwd& params, const BwdStrides& strides, cons
       decays(a, steps, A, p);
       advance(h, a, state, p);
       if (kGate) output.outputs(h, p);
+    }
+    if (kTurns) {
+      float x[kGroup][kLaneStates], steps_sum = steps[0] + steps[1];
+#pragma unroll
+      for (int j = 0; j < 2; ++j) gradient.inputs(x, j);
+#pragma unroll
+      for (int lanes = 1; lanes < 4; lanes *= 2) steps_sum += __shfl_xor_sync(kAllLanes, steps_sum, lanes);
+#pragma unroll
+      for (int i = 0; i < kLaneStates; ++i) {
+        float sum = x[kGroup - 1][i];
+#pragma unroll
+        for (int t = kGroup - 2; t >= 0; --t) sum = fmaf(a[t + 1][i], sum, x[t][i]);
+        left.alone[i] = fmaf(decay_over<T>(total * A[i]) * a[0][i], sum, left.alone[i]);
+      }
+      total += steps_sum;
     }
     if (kGate) {
       const float2 sum = output.result();
@@ -333,10 +316,30 @@ __device__ void run_again(const ScanBwd& params, const BwdStrides& strides, cons
         dz.store_some(dz_view, moves, dzs, window.tail);
       else
         dz.store(dz_view, moves, dzs);
-      dz.advance(strides.bytes[kDz]);
+      dz.step(strides.bytes[kDz]);
     }
   }
+#pragma unroll
+  for (int i = 0; i < kLaneStates; ++i) left.through[i] = decay_over<T>(total * A[i]);
   __syncwarp();
+  return left;
+}
+
+// Turns: m, the state gradient that enters a window on its right. What leaves it is passed on at once.
+inline __device__ void pass_window(float (&m)[4], const WindowGradient& left, BwdShared& shared,
+                                   Passed* carry, int before) {
+  float enters[kLaneStates], leaves[kLaneStates];
+  await(enters, carry, before);
+#pragma unroll
+  for (int i = 0; i < kLaneStates; ++i) leaves[i] = fmaf(left.through[i], enters[i], left.alone[i]);
+  pass_on(leaves, carry, before + 1);
+  shared.entering.put(enters);
+  __syncwarp();
+#pragma unroll
+  for (int c = 0; c < 2; ++c) {
+    const float2 v = shared.entering.pair(c);
+    m[2 * c] = v.x, m[2 * c + 1] = v.y;
+  }
 }
 
 }  // namespace mamba_ops::gpu

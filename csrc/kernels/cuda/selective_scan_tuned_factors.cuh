@@ -31,6 +31,13 @@ __device__ inline void mma(float (&d)[4], const uint32_t (&a)[2], uint32_t b) {
       : "r"(a[0]), "r"(a[1]), "r"(b));
 }
 
+// Adds the sum over channels of v times a factor, for token t; each lane brings the factors of its own token.
+__device__ inline void sum_channels(float (&sums)[4], int t, const float (&v)[4], float2 factor) {
+  const bool own = threadIdx.x % kWarp / 4 == t;
+  mma(sums, {__float_as_uint(v[0]), __float_as_uint(v[1]), __float_as_uint(v[2]), __float_as_uint(v[3])},
+      {own ? __float_as_uint(factor.x) : 0u, own ? __float_as_uint(factor.y) : 0u});
+}
+
 // Where (n, l) of B or C of a row and channel begins.
 template <class T>
 __device__ inline const T* factor(const View& v, int64_t groups, const ScanDims& dims, int64_t row,
@@ -78,6 +85,7 @@ struct FactorPairs {
     return kStates ? raw.pair[token].at(state) : raw.pair[state].at(token);
   }
   __device__ void advance(int64_t bytes) { move(p, bytes); }
+  __device__ void step(int64_t bytes) { gpu::step(p, bytes); }
 
   __device__ static int g() { return threadIdx.x % kWarp / 4; }
   __device__ static int q() { return threadIdx.x % 4; }
@@ -96,6 +104,9 @@ struct InputFactor : FactorPairs<T, kAlong> {
   __device__ InputFactor(const View& v, const T* start, float*) : Base(v, start) {
 #pragma unroll
     for (int p = 0; p < 4; ++p) keep(own_pair[p] = Base::q() == p ? ~0u : 0u);
+  }
+  __device__ InputFactor(const InputFactor& like, const View& v, const T* start, float*) : InputFactor(like) {
+    Base::p = start + factor_offset<kAlong>(v, 2 * Base::g(), 2 * Base::q());
   }
   __device__ void begin(const typename Base::Raw& raw, const float (&inputs)[2]) {
 #pragma unroll
@@ -158,6 +169,7 @@ struct OutputFactor {
     return raw;
   }
   __device__ void advance(int64_t bytes) { move(p, bytes); }
+  __device__ void step(int64_t bytes) { gpu::step(p, bytes); }
   __device__ void begin(const Raw& raw) {
 #pragma unroll
     for (int k = 0; k < 2; ++k) {
@@ -214,6 +226,7 @@ struct SharedFactor {
     return raw;
   }
   __device__ void advance(int64_t bytes) { move(p, bytes); }
+  __device__ void step(int64_t bytes) { gpu::step(p, bytes); }
   __device__ void put(const Raw& raw) const {
     float* to = shared + token() * kTunedState + state();
     __syncwarp();
@@ -243,6 +256,8 @@ template <Along kAlong>
 struct InputFactor<float, kAlong> : SharedFactor<kAlong> {
   using Base = SharedFactor<kAlong>;
   using Base::Base;
+  __device__ InputFactor(const InputFactor&, const View& v, const float* start, float* shared)
+      : Base(v, start, shared) {}
   __device__ void begin(const typename Base::Raw& raw, const float (&inputs)[2]) {
     Base::put(raw);
     input[0] = inputs[0];
@@ -295,23 +310,44 @@ struct OutputFactor<float, kAlong> : SharedFactor<kAlong> {
   float sums[kGroup];
 };
 
-// 2^x. The errors of ex2 near 1 have a bias, and would add up over a long memory: with `kLong`, what lies
-// near 1 is taken from a parabola, exact to 2^-27.
-template <bool kLong>
-__device__ inline float decay(float x) {
-  const float a = exp2_of(x), near = fmaf(fmaf(x, 0.24022651f, 0.69314972f), x, 1.f);
-  return kLong && fabsf(x) < 0x1p-7f ? near : a;
+// 2^x, over many tokens: in float32 where it is near 1 from its series, exact to 2^-28.
+template <class T>
+__device__ inline float decay_over(float x) {
+  const float a = exp2_of(x);
+  if constexpr (sizeof(T) == 2) return a;
+  const float series = fmaf(fmaf(fmaf(9.6181291e-3f, x, 5.5504109e-2f), x, 0.24022651f), x, 0.69314718f);
+  return fabsf(x) < 0x1p-4f ? fmaf(series, x, 1.f) : a;
 }
 
+// The errors of ex2 near 1 have a bias, and would add up over a long memory. Here is the state that entered a
+// window of tokens, and what their decays leave of it. At the end of the window the decay of all its steps at
+// once, whose error is nothing, takes the place of theirs.
+struct LongMemory {
+  float entered[kLaneStates], rest[kLaneStates];
+
+  __device__ void begin(const float (&state)[kLaneStates]) {
+#pragma unroll
+    for (int i = 0; i < kLaneStates; ++i) entered[i] = rest[i] = state[i];
+  }
+  __device__ void step(const float (&a)[kLaneStates]) {
+#pragma unroll
+    for (int i = 0; i < kLaneStates; ++i) rest[i] *= a[i];
+  }
+  // x: log2 of the decay of all steps.
+  __device__ void mend(float (&state)[kLaneStates], const float (&x)[kLaneStates]) const {
+#pragma unroll
+    for (int i = 0; i < kLaneStates; ++i) state[i] += fmaf(decay_over<float>(x[i]), entered[i], -rest[i]);
+  }
+};
+
 // Of steps 2 p and 2 p + 1, from the deltas of the lane's tokens in units that make a decay a power of 2.
-template <bool kLong = false>
 __device__ inline void decays(float (&a)[kGroup][kLaneStates], const float (&deltas)[2],
                               const float (&A)[kLaneStates], int p) {
 #pragma unroll
   for (int t = 2 * p; t < 2 * p + 2; ++t) {
     const float delta = from_quad(deltas, t);
 #pragma unroll
-    for (int i = 0; i < kLaneStates; ++i) a[t][i] = decay<kLong>(delta * A[i]);
+    for (int i = 0; i < kLaneStates; ++i) a[t][i] = exp2_of(delta * A[i]);
   }
 }
 
