@@ -31,6 +31,22 @@ def test_conv(
 
 
 @pytest.mark.parametrize("rows", [None, 7])
+@pytest.mark.parametrize("k", [3, 4, 5])
+@pytest.mark.parametrize("d", [8, 24, 1032])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_conv_in_whole_packs(device: str, dtype: torch.dtype, d: int, k: int, rows: int | None) -> None:
+    """Kernels move channels that are contiguous and aligned in packs, also those of a wider row."""
+    for options in ((), CONV):
+        inputs = cases.causal_conv1d_update(
+            3, d, 4, k=k, rows=rows, options=options, dtype=dtype, params=dtype, device=device
+        )
+        check("causal_conv1d_update", inputs)
+        wide = torch.zeros(3, d + 24, dtype=dtype, device=device)
+        wide[:, 8 : 8 + d] = inputs["x"]
+        check("causal_conv1d_update", inputs | {"x": wide[:, 8 : 8 + d]})
+
+
+@pytest.mark.parametrize("rows", [None, 7])
 @pytest.mark.parametrize("g", [None, 1, 2])
 @pytest.mark.parametrize("t", [None, 1, 4])
 @pytest.mark.parametrize("complex_A", [False, True])
