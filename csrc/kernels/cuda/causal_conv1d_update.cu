@@ -157,7 +157,8 @@ const char* state_update_cuda(const ConvUpdate& p, const DeviceRows& rows, void*
   if (dims.b * dims.d == 0) return nullptr;
   const cudaStream_t stream = static_cast<cudaStream_t>(cuda_stream);
   const auto grid = [&](int64_t channels) {
-    return dim3(unsigned((channels + kThreads - 1) / kThreads), unsigned(std::min<int64_t>(dims.b, 65535)));
+    return dim3(unsigned((channels + kThreads - 1) / kThreads), 1,
+                unsigned(std::min<int64_t>(dims.b, 65535)));
   };
   by_storage(p.conv.x.dtype, [&]<class T>() {
     if (packs_fit<T>(p, rows)) {
