@@ -53,7 +53,7 @@ def causal_conv1d_update(
     (tensor([[23.]]), tensor([[[2., 3.]]]))
     """
     silu = is_silu("causal_conv1d_update", activation)
-    _prepare("causal_conv1d_update", state, x, weight, bias)
+    prepare("causal_conv1d_update", state, x, weight, bias)
     y: Tensor = _conv(x, state, weight, bias, state_indices, silu)
     return y
 
@@ -102,7 +102,7 @@ def selective_state_update(
     >>> selective_state_update(state, one, one, torch.zeros(1, 1), one, one), state
     (tensor([[2.]]), tensor([[[2.]]]))
     """
-    _prepare("selective_state_update", state, u, delta, A, B, C, D, z, delta_bias)
+    prepare("selective_state_update", state, u, delta, A, B, C, D, z, delta_bias)
     y: Tensor = _scan(state, u, delta, A, B, C, D, z, delta_bias, state_indices, delta_softplus)
     return y
 
@@ -155,12 +155,12 @@ def ssd_state_update(
     >>> ssd_state_update(state, one, one[0], torch.zeros(1), one, one), state
     (tensor([[[2.]]]), tensor([[[[2.]]]]))
     """
-    _prepare("ssd_state_update", state, x, dt, A, B, C, D, z, dt_bias)
+    prepare("ssd_state_update", state, x, dt, A, B, C, D, z, dt_bias)
     y: Tensor = _ssd(state, x, dt, A, B, C, D, z, dt_bias, state_indices, dt_softplus, *dt_limit, A_is_log)
     return y
 
 
-def _prepare(op: str, state: Tensor, *inputs: Tensor | None) -> None:
+def prepare(op: str, state: Tensor, *inputs: Tensor | None) -> None:
     """Keeps autograd honest: no silent detaching, and the write to `state` shows in its version."""
     if torch.is_grad_enabled():
         for tensor in (state, *inputs):

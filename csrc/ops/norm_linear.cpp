@@ -11,11 +11,51 @@ namespace {
 // Rows of 16-bit values, or beside them of float32: neighbours in memory, as the kernel moves them in packs.
 Tensor with_rows(const Tensor& t) { return t.stride(t.dim() - 1) == 1 ? t : torch::stable::contiguous(t); }
 
-}  // namespace
+struct Conv {
+  Tensor state, weight;
+  OptTensor bias;
+  int64_t begin;
+};
 
-std::tuple<Tensor, Tensor> norm_linear(Tensor x, OptTensor residual, OptTensor z, OptTensor norm_weight,
-                                       Tensor weight, OptTensor bias, double eps, bool norm_before_gate) {
-  const Checker check("norm_linear", x);
+struct Prefetch {
+  OptTensor memory;
+  bool first;
+};
+
+NormLinear::Conv check_conv(const Checker& check, const Conv& conv, int64_t b, int64_t n) {
+  check.all("conv_weight", conv.weight, "(d, w)", {-1, -1}, {ScalarType::Float, ScalarType::BFloat16});
+  const int64_t d = conv.weight.size(0), w = conv.weight.size(1);
+  check.that(w >= 2 && w <= kConvMaxWidth,
+             "conv_weight must be (d, w) with w in 2..4, got " + shape_of(conv.weight));
+  check.that(conv.begin >= 0 && conv.begin <= n - d,
+             "the d = " + std::to_string(d) + " columns from conv_begin must be among the n = " +
+                 std::to_string(n) + " of y, got conv_begin = " + std::to_string(conv.begin));
+  check.all("conv_state", conv.state, "(b, d, w - 1)", {b, d, w - 1}, {ScalarType::BFloat16});
+  for (int64_t i = 0; i < 3; ++i)
+    check.that(conv.state.size(i) <= 1 || conv.state.stride(i) != 0,
+               "conv_state is updated in place: every value needs memory of its own, got stride 0 in dim " +
+                   std::to_string(i));
+  if (conv.bias) check.all("conv_bias", *conv.bias, "(d)", {d}, {ScalarType::Float, ScalarType::BFloat16});
+  return {conv.begin, d, int(w), view(conv.state), view(conv.weight), view(conv.bias)};
+}
+
+// The whole multiples of 16 bytes in it.
+NormLinear::Prefetch check_prefetch(const Checker& check, const Prefetch& prefetch) {
+  if (!prefetch.memory) return {};
+  const Tensor& memory = *prefetch.memory;
+  check.device("prefetch", memory);
+  check.dtype("prefetch", memory, {ScalarType::BFloat16});
+  check.that(memory.is_contiguous(), "prefetch must be contiguous");
+  const auto begin = reinterpret_cast<uintptr_t>(memory.data_ptr());
+  const uintptr_t end = begin + uintptr_t(memory.numel()) * 2;
+  const uintptr_t first = (begin + 15) / 16 * 16, last = end / 16 * 16;
+  return {reinterpret_cast<const char*>(first), first < last ? int64_t(last - first) : 0, prefetch.first};
+}
+
+std::tuple<Tensor, Tensor> run(const char* op, Tensor x, OptTensor residual, OptTensor z,
+                               const OptTensor& norm_weight, Tensor weight, const OptTensor& bias, double eps,
+                               bool norm_before_gate, const Conv* conv, const Prefetch& prefetch) {
+  const Checker check(op, x);
   const ScalarType type = x.scalar_type();
   check.dtype("x", x, {ScalarType::BFloat16});
   check.shape("x", x, "(b, k)", {-1, -1});
@@ -47,7 +87,9 @@ std::tuple<Tensor, Tensor> norm_linear(Tensor x, OptTensor residual, OptTensor z
                        .norm = view(norm_weight),
                        .weight = view(weight),
                        .bias = view(bias),
-                       .y = view(y)};
+                       .y = view(y),
+                       .conv = conv ? check_conv(check, *conv, b, n) : NormLinear::Conv{},
+                       .prefetch = check_prefetch(check, prefetch)};
   params.norm.stride[1] = params.norm.stride[0];
   params.norm.stride[0] = 0;
 #ifdef USE_CUDA
@@ -57,6 +99,24 @@ std::tuple<Tensor, Tensor> norm_linear(Tensor x, OptTensor residual, OptTensor z
   no_cuda_kernel(check.op());
 #endif
   return {y, sum};
+}
+
+}  // namespace
+
+std::tuple<Tensor, Tensor> norm_linear(Tensor x, OptTensor residual, OptTensor z, OptTensor norm_weight,
+                                       Tensor weight, OptTensor bias, double eps, bool norm_before_gate,
+                                       OptTensor prefetch, bool prefetch_first) {
+  return run("norm_linear", x, residual, z, norm_weight, weight, bias, eps, norm_before_gate, nullptr,
+             {prefetch, prefetch_first});
+}
+
+std::tuple<Tensor, Tensor> norm_linear_conv(Tensor x, OptTensor residual, OptTensor norm_weight,
+                                            Tensor weight, OptTensor bias, Tensor conv_state,
+                                            Tensor conv_weight, OptTensor conv_bias, double eps,
+                                            int64_t conv_begin, OptTensor prefetch, bool prefetch_first) {
+  const Conv conv = {conv_state, conv_weight, conv_bias, conv_begin};
+  return run("norm_linear_conv", x, residual, {}, norm_weight, weight, bias, eps, false, &conv,
+             {prefetch, prefetch_first});
 }
 
 }  // namespace mamba_ops

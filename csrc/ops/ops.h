@@ -35,7 +35,12 @@ std::tuple<Tensor, Tensor, Tensor> add_rms_norm_bwd(Tensor dy, OptTensor dsum, T
                                                     double eps);
 
 std::tuple<Tensor, Tensor> norm_linear(Tensor x, OptTensor residual, OptTensor z, OptTensor norm_weight,
-                                       Tensor weight, OptTensor bias, double eps, bool norm_before_gate);
+                                       Tensor weight, OptTensor bias, double eps, bool norm_before_gate,
+                                       OptTensor prefetch, bool prefetch_first);
+std::tuple<Tensor, Tensor> norm_linear_conv(Tensor x, OptTensor residual, OptTensor norm_weight,
+                                            Tensor weight, OptTensor bias, Tensor conv_state,
+                                            Tensor conv_weight, OptTensor conv_bias, double eps,
+                                            int64_t conv_begin, OptTensor prefetch, bool prefetch_first);
 
 Tensor causal_conv1d_update(Tensor x, Tensor state, Tensor weight, OptTensor bias, OptTensor state_indices,
                             bool silu);
