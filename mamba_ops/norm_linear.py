@@ -44,8 +44,8 @@ def norm_linear(
         z: like x: the gate before its SiLU; needs norm_weight, and excludes residual.
         eps: added to the mean square, >= 0.
         norm_before_gate: ``norm(x) * silu(z)`` instead.
-        prefetch: contiguous memory in x's dtype that a later launch will read, such as the next weight: the
-            GPU brings it into its L2 cache once all of this weight has been asked for. Changes no result; the
+        prefetch: contiguous memory, float, that a later launch will read, such as the next weight: the GPU
+            brings it into its L2 cache once all of this weight has been asked for. Changes no result; the
             CPU, and calls that are not one launch, leave it alone.
         prefetch_first: at the beginning instead; for a weight that was itself prefetched, which leaves the
             memory idle.

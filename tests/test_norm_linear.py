@@ -347,7 +347,7 @@ def test_the_same_bits_every_run_and_in_a_graph(gpu: str) -> None:
         ({"norm_weight": torch.zeros(7)}, "norm_weight must be (k) = (8), got (7,)"),
         ({"bias": torch.zeros(4)}, "bias must be (n) = (5), got (4,)"),
         ({"eps": -1.0}, "eps must be >= 0, got -1"),
-        ({"prefetch": torch.zeros(4)}, "prefetch must be bfloat16, got float32"),
+        ({"prefetch": torch.zeros(4, dtype=torch.int32)}, "prefetch must be float32 or bfloat16 or"),
         ({"prefetch": torch.zeros(4, 4).bfloat16().t()[:2]}, "prefetch must be contiguous"),
     ],
 )

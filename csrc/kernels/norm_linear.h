@@ -8,6 +8,7 @@
 // x' is rounded before the norm's factor of its row multiplies the sums. CUDA only, in bfloat16.
 #pragma once
 #include "kernels/causal_conv1d.h"
+#include "kernels/prefetch.h"
 
 namespace mamba_ops {
 
@@ -19,14 +20,6 @@ struct NormLinear {
     View state;         // (b, d, w - 1), bfloat16; absent: no convolution
     View weight, bias;  // (d, w), (d)
   };
-  // Memory that a later launch will read, to be brought into the L2 cache: beside W from its first columns
-  // on, or once all of W has been asked for.
-  struct Prefetch {
-    const char* data;
-    int64_t bytes;  // both multiples of 16
-    bool first;
-  };
-
   int64_t b, k, n;
   double eps;
   bool norm_before_gate;
@@ -37,6 +30,7 @@ struct NormLinear {
   View y;               // (b, n), contiguous
   Conv conv;
   Prefetch prefetch;
+  bool prefetch_first;  // beside the first columns of W; else once all of W has been asked for
 };
 
 // Returns nullptr, or what CUDA says went wrong; does not wait for the kernel.

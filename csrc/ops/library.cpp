@@ -128,7 +128,7 @@ STABLE_TORCH_LIBRARY(mamba_ops, m) {
       "ssd_state_update(Tensor(a!) state, Tensor x, Tensor dt, Tensor A, Tensor B, Tensor C, Tensor? D, "
       "Tensor? z, "
       "Tensor? dt_bias, Tensor? state_indices, bool dt_softplus, float dt_min, float dt_max, "
-      "bool A_is_log=False) -> Tensor");
+      "bool A_is_log=False, Tensor? prefetch=None) -> Tensor");
 }
 
 namespace mamba_ops {

@@ -17,11 +17,6 @@ struct Conv {
   int64_t begin;
 };
 
-struct Prefetch {
-  OptTensor memory;
-  bool first;
-};
-
 NormLinear::Conv check_conv(const Checker& check, const Conv& conv, int64_t b, int64_t n) {
   check.all("conv_weight", conv.weight, "(d, w)", {-1, -1}, {ScalarType::Float, ScalarType::BFloat16});
   const int64_t d = conv.weight.size(0), w = conv.weight.size(1);
@@ -39,22 +34,10 @@ NormLinear::Conv check_conv(const Checker& check, const Conv& conv, int64_t b, i
   return {conv.begin, d, int(w), view(conv.state), view(conv.weight), view(conv.bias)};
 }
 
-// The whole multiples of 16 bytes in it.
-NormLinear::Prefetch check_prefetch(const Checker& check, const Prefetch& prefetch) {
-  if (!prefetch.memory) return {};
-  const Tensor& memory = *prefetch.memory;
-  check.device("prefetch", memory);
-  check.dtype("prefetch", memory, {ScalarType::BFloat16});
-  check.that(memory.is_contiguous(), "prefetch must be contiguous");
-  const auto begin = reinterpret_cast<uintptr_t>(memory.data_ptr());
-  const uintptr_t end = begin + uintptr_t(memory.numel()) * 2;
-  const uintptr_t first = (begin + 15) / 16 * 16, last = end / 16 * 16;
-  return {reinterpret_cast<const char*>(first), first < last ? int64_t(last - first) : 0, prefetch.first};
-}
-
 std::tuple<Tensor, Tensor> run(const char* op, Tensor x, OptTensor residual, OptTensor z,
                                const OptTensor& norm_weight, Tensor weight, const OptTensor& bias, double eps,
-                               bool norm_before_gate, const Conv* conv, const Prefetch& prefetch) {
+                               bool norm_before_gate, const Conv* conv, const OptTensor& prefetch,
+                               bool prefetch_first) {
   const Checker check(op, x);
   const ScalarType type = x.scalar_type();
   check.dtype("x", x, {ScalarType::BFloat16});
@@ -89,7 +72,8 @@ std::tuple<Tensor, Tensor> run(const char* op, Tensor x, OptTensor residual, Opt
                        .bias = view(bias),
                        .y = view(y),
                        .conv = conv ? check_conv(check, *conv, b, n) : NormLinear::Conv{},
-                       .prefetch = check_prefetch(check, prefetch)};
+                       .prefetch = check.prefetch(prefetch),
+                       .prefetch_first = prefetch_first};
   params.norm.stride[1] = params.norm.stride[0];
   params.norm.stride[0] = 0;
 #ifdef USE_CUDA
@@ -107,7 +91,7 @@ std::tuple<Tensor, Tensor> norm_linear(Tensor x, OptTensor residual, OptTensor z
                                        Tensor weight, OptTensor bias, double eps, bool norm_before_gate,
                                        OptTensor prefetch, bool prefetch_first) {
   return run("norm_linear", x, residual, z, norm_weight, weight, bias, eps, norm_before_gate, nullptr,
-             {prefetch, prefetch_first});
+             prefetch, prefetch_first);
 }
 
 std::tuple<Tensor, Tensor> norm_linear_conv(Tensor x, OptTensor residual, OptTensor norm_weight,
@@ -115,8 +99,8 @@ std::tuple<Tensor, Tensor> norm_linear_conv(Tensor x, OptTensor residual, OptTen
                                             Tensor conv_weight, OptTensor conv_bias, double eps,
                                             int64_t conv_begin, OptTensor prefetch, bool prefetch_first) {
   const Conv conv = {conv_state, conv_weight, conv_bias, conv_begin};
-  return run("norm_linear_conv", x, residual, {}, norm_weight, weight, bias, eps, false, &conv,
-             {prefetch, prefetch_first});
+  return run("norm_linear_conv", x, residual, {}, norm_weight, weight, bias, eps, false, &conv, prefetch,
+             prefetch_first);
 }
 
 }  // namespace mamba_ops

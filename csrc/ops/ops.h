@@ -49,7 +49,7 @@ Tensor selective_state_update(Tensor state, Tensor u, Tensor delta, Tensor A, Te
                               bool delta_softplus);
 Tensor ssd_state_update(Tensor state, Tensor x, Tensor dt, Tensor A, Tensor B, Tensor C, OptTensor D,
                         OptTensor z, OptTensor dt_bias, OptTensor state_indices, bool dt_softplus,
-                        double dt_min, double dt_max, bool A_is_log);
+                        double dt_min, double dt_max, bool A_is_log, OptTensor prefetch);
 
 std::tuple<Tensor, Tensor> ssd_fwd(Tensor x, Tensor dt, Tensor A, Tensor B, Tensor C, OptTensor D,
                                    OptTensor z, OptTensor dt_bias, OptTensor initial_state, OptTensor seq_idx,

@@ -269,7 +269,8 @@ class Mamba2(nn.Module):
         xBC = causal_conv1d_update(
             xBC, cache.conv_state, self.conv1d.weight.squeeze(1), self.conv1d.bias, "silu"
         )
-        return self._step_convolved(mlp, z, xBC, dt, cache).reshape(x.shape)
+        prefetch = weight_of(self.out_proj) if x.is_cuda else None
+        return self._step_convolved(mlp, z, xBC, dt, cache, prefetch).reshape(x.shape)
 
     def step_fused(
         self,
@@ -303,7 +304,7 @@ class Mamba2(nn.Module):
         if fused is None:
             return None
         *mlp, z, xBC, dt = torch.split(fused[0], self._split, dim=-1)
-        return self._step_convolved(mlp, z, xBC, dt, cache, following), fused[1]
+        return self._step_convolved(mlp, z, xBC, dt, cache, None, following), fused[1]
 
     def _step_convolved(
         self,
@@ -312,9 +313,13 @@ class Mamba2(nn.Module):
         xBC: Tensor,
         dt: Tensor,
         cache: LayerCache,
+        prefetch: Tensor | None,
         following: Tensor | None = None,
     ) -> Tensor:
-        """What `step` does behind the convolution. Returns (b, d_model)."""
+        """What `step` does behind the convolution. Returns (b, d_model).
+
+        prefetch, following: the weights to be prefetched by the state update, and by the launch of out_proj.
+        """
         inner, B, C = self._heads(xBC)
         y = ssd_state_update(
             cache.ssm_state,
@@ -329,6 +334,7 @@ class Mamba2(nn.Module):
             True,
             self.dt_limit,
             A_is_log=True,
+            prefetch=prefetch,
         )
         if self.rmsnorm and not mlp:
             out = norm_and_project(self.norm, self.out_proj, y.flatten(-2), z=z, prefetch=following)

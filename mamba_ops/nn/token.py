@@ -70,7 +70,7 @@ def norm_and_project(
         z=z,
         eps=norm.eps,
         norm_before_gate=norm.norm_before_gate,
-        prefetch=_first_rows(prefetch, x),
+        prefetch=_first_rows(prefetch),
         prefetch_first=True,
     )[0]
 
@@ -102,13 +102,13 @@ def project_and_convolve(
         begin=begin,
         residual=residual,
         eps=1e-5 if norm is None else norm.eps,
-        prefetch=prefetch if prefetch is None or prefetch.dtype == x.dtype else None,
+        prefetch=prefetch,
     )
 
 
-def _first_rows(weight: Tensor | None, x: Tensor) -> Tensor | None:
+def _first_rows(weight: Tensor | None) -> Tensor | None:
     """Of a weight (n, k) the first PREFETCH_BYTES, at least a row."""
-    if weight is None or weight.dtype != x.dtype:
+    if weight is None:
         return None
     return weight[: max(1, PREFETCH_BYTES // (weight.shape[1] * weight.element_size()))]
 
@@ -122,7 +122,7 @@ def project(linear: nn.Module, x: Tensor, prefetch: Tensor | None = None) -> Ten
     on a GPU go by norm_linear.
     """
     if _fuses(linear, x):
-        prefetch = _first_rows(prefetch, x)
+        prefetch = _first_rows(prefetch)
         return norm_linear(x, linear.weight, linear.bias, prefetch=prefetch, prefetch_first=True)[0]
     if (
         not is_plain(linear, nn.Linear)

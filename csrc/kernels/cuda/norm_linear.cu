@@ -27,6 +27,7 @@
 #include "kernels/cuda/bits.cuh"
 #include "kernels/cuda/device.h"
 #include "kernels/cuda/mma.cuh"
+#include "kernels/cuda/prefetch.cuh"
 #include "kernels/norm_linear.h"
 
 namespace mamba_ops {
@@ -43,9 +44,8 @@ constexpr int kSpan = kWarps * kStep;
 constexpr int kTile = 4;   // rows of W
 constexpr int kGroup = 4;  // tiles whose sums are added at once, by a warp each
 constexpr int kSums = 2 * kGroup * kWarps * 32;
-constexpr int kMaxRows = 8;       // of x
-constexpr int kAtOnce = 2;        // packs of a row of x that a thread asks for at once
-constexpr int64_t kPiece = 4096;  // bytes that a warp asks for at once, to the L2 cache
+constexpr int kMaxRows = 8;  // of x
+constexpr int kAtOnce = 2;   // packs of a row of x that a thread asks for at once
 
 struct Shape {
   int tiles;         // of W, that every block has
@@ -222,32 +222,23 @@ __device__ inline void store_output(const NormLinear& p, int64_t row, int64_t to
 
 // ---- The L2 cache
 
-// Asks for up to kPiece bytes, a multiple of 16; for a whole warp.
-__device__ inline void prefetch_piece(const char* data, int bytes, int lane) {
-#if __CUDA_ARCH__ >= 900
-  if (lane == 0)
-    asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(data), "r"(bytes) : "memory");
-#else
-  if (lane * 128 < bytes) asm volatile("prefetch.global.L2 [%0];" ::"l"(data + lane * 128) : "memory");
-#endif
-}
-
 // The pieces of a block, in equal parts.
-class Prefetch {
+class PrefetchParts {
  public:
-  __device__ Prefetch(const NormLinear::Prefetch& memory, const Shape& shape) : part_(shape.part) {
-    const int64_t begin = min(memory.bytes, blockIdx.x * (shape.pieces * kPiece));
+  __device__ PrefetchParts(const Prefetch& memory, const Shape& shape) : part_(shape.part) {
+    const int64_t begin = min(memory.bytes, blockIdx.x * (shape.pieces * kPrefetchPiece));
     data_ = memory.data + begin;
-    bytes_ = int(min(memory.bytes - begin, shape.pieces * kPiece));
+    bytes_ = int(min(memory.bytes - begin, shape.pieces * kPrefetchPiece));
   }
   // Asks for the next part. Every thread calls it.
   __device__ void operator()() {
     const int piece = threadIdx.x / 32;
 #pragma unroll 1
-    for (int i = piece; i < part_ && i * kPiece < bytes_; i += kWarps)
-      prefetch_piece(data_ + i * kPiece, min(int(kPiece), bytes_ - i * int(kPiece)), threadIdx.x % 32);
-    data_ += part_ * kPiece;
-    bytes_ -= part_ * int(kPiece);
+    for (int i = piece; i < part_ && i * kPrefetchPiece < bytes_; i += kWarps)
+      prefetch_piece(data_ + i * kPrefetchPiece, min(int(kPrefetchPiece), bytes_ - i * int(kPrefetchPiece)),
+                     threadIdx.x % 32);
+    data_ += part_ * kPrefetchPiece;
+    bytes_ -= part_ * int(kPrefetchPiece);
   }
 
  private:
@@ -295,7 +286,7 @@ __global__ void __launch_bounds__(kThreads, 1) norm_linear(const NormLinear p, c
     next_column += kSpan;
     next += to_next_step;
   };
-  Prefetch prefetch(p.prefetch, shape);
+  PrefetchParts prefetch(p.prefetch, shape);
   const int asks_from = max(0, tiles - shape.ahead);
   make_rows<kBefore>(p, s_x, s_squares, columns, shape.team_bits, [&] {
 #pragma unroll
@@ -370,8 +361,8 @@ const char* norm_linear_cuda(const NormLinear& p, void* cuda_stream) {
                  .mean = 1 / float(p.k),
                  .eps = float(p.eps)};
   // In as many of the last tiles as there are still to come when the last copies have been asked for, or so.
-  shape.ahead = p.prefetch.first ? shape.tiles + 1 : (kAhead * kSpan + shape.columns - 1) / shape.columns;
-  shape.pieces = int((p.prefetch.bytes + kPiece * blocks - 1) / (kPiece * blocks));
+  shape.ahead = p.prefetch_first ? shape.tiles + 1 : (kAhead * kSpan + shape.columns - 1) / shape.columns;
+  shape.pieces = int((p.prefetch.bytes + kPrefetchPiece * blocks - 1) / (kPrefetchPiece * blocks));
   const int parts = std::min(shape.ahead, shape.tiles);
   shape.part = (shape.pieces + parts - 1) / parts;
   const int64_t fixed_bytes = kAhead * kThreads * 16 + kSums * 4, static_bytes = 1024,
