@@ -16,7 +16,7 @@ from .mamba_inner import mamba_inner
 from .mamba_split_conv1d_scan import mamba_split_conv1d_scan
 from .nn import Mamba, Mamba2, RMSNormGated
 from .norm import rms_norm_gated
-from .norm_linear import norm_linear
+from .norm_linear import norm_linear, norm_linear_conv
 from .selective_scan import selective_scan
 from .ssd import ssd
 from .state_update import causal_conv1d_update, selective_state_update, ssd_state_update
@@ -33,6 +33,7 @@ __all__ = [
     "mamba_inner",
     "mamba_split_conv1d_scan",
     "norm_linear",
+    "norm_linear_conv",
     "plan",
     "reference",
     "rms_norm_gated",

@@ -9,8 +9,10 @@ from torch.nn import functional as F
 from ._library import register_fake
 from .add_norm import add_rms_norm
 from .norm import rms_norm_gated
+from .state_update import causal_conv1d_update, prepare
 
 _norm_linear = torch.ops.mamba_ops.norm_linear.default
+_norm_linear_conv = torch.ops.mamba_ops.norm_linear_conv.default
 _MAX_ROWS, _MAX_WIDTH = 8, 16384  # beyond, torch's product is as fast
 
 
@@ -24,6 +26,8 @@ def norm_linear(
     z: Tensor | None = None,
     eps: float = 1e-5,
     norm_before_gate: bool = False,
+    prefetch: Tensor | None = None,
+    prefetch_first: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """`torch.nn.functional.linear` of a norm: one launch that streams the weight, for few rows on a GPU.
 
@@ -40,6 +44,11 @@ def norm_linear(
         z: like x: the gate before its SiLU; needs norm_weight, and excludes residual.
         eps: added to the mean square, >= 0.
         norm_before_gate: ``norm(x) * silu(z)`` instead.
+        prefetch: contiguous memory, float, that a later launch will read, such as the next weight: the GPU
+            brings it into its L2 cache once all of this weight has been asked for. Changes no result; the
+            CPU, and calls that are not one launch, leave it alone.
+        prefetch_first: at the beginning instead; for a weight that was itself prefetched, which leaves the
+            memory idle.
 
     Returns:
         y (b, n) in x's dtype, and residual + x in residual's dtype, or x itself without residual.
@@ -57,7 +66,9 @@ def norm_linear(
     if residual is not None and z is not None:
         raise ValueError("norm_linear: residual and z exclude one another")
     if fuses(x, weight, bias, norm_weight, residual, z):
-        y, total = _norm_linear(x, residual, z, norm_weight, weight, bias, eps, norm_before_gate)
+        y, total = _norm_linear(
+            x, residual, z, norm_weight, weight, bias, eps, norm_before_gate, prefetch, prefetch_first
+        )
         return y, x if residual is None else total
     total = x
     if norm_weight is not None and residual is not None:
@@ -65,6 +76,75 @@ def norm_linear(
     elif norm_weight is not None:
         x = rms_norm_gated(x, norm_weight, z, eps=eps, norm_before_gate=norm_before_gate)
     return F.linear(x, weight, bias), total
+
+
+def norm_linear_conv(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    norm_weight: Tensor | None,
+    conv_state: Tensor,
+    conv_weight: Tensor,
+    conv_bias: Tensor | None = None,
+    *,
+    begin: int = 0,
+    residual: Tensor | None = None,
+    eps: float = 1e-5,
+    prefetch: Tensor | None = None,
+    prefetch_first: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """`norm_linear`, then `causal_conv1d_update` with SiLU of d of its columns, in the same launch.
+
+    One launch for up to 8 rows in bfloat16 on CUDA with w - 1 inputs in the state; else the operators named.
+
+    Args:
+        x, weight, bias, norm_weight, residual, eps, prefetch, prefetch_first: as for `norm_linear`.
+        conv_state: (b, d, k) with k >= w - 1, updated in place.
+        conv_weight: (d, w) with w in 2..4, x's dtype or float32.
+        conv_bias: (d), dtype as for conv_weight.
+        begin: columns begin .. begin + d - 1 of y are convolved.
+
+    Returns:
+        y (b, n) in x's dtype, and residual + x in residual's dtype, or x itself without residual. Not
+        differentiable.
+
+    Raises:
+        RuntimeError, ValueError: shapes, dtypes or devices disagree, or a tensor requires gradients while
+            they are recorded.
+
+    Source: mamba_ssm's layers; checked against `norm_linear` and `causal_conv1d_update`.
+
+    >>> state, taps = torch.tensor([[[1.0]]]), torch.tensor([[0.0, 1.0]])
+    >>> norm_linear_conv(torch.tensor([[8.0]]), torch.ones(2, 1), None, None, state, taps, begin=1)[0], state
+    (tensor([[8.0000, 7.9973]]), tensor([[[8.]]]))
+    """
+    prepare("norm_linear_conv", conv_state, x, weight, bias, norm_weight, conv_weight, conv_bias, residual)
+    d, w = conv_weight.shape
+    if not 0 <= begin <= weight.shape[0] - d:
+        raise ValueError(
+            f"norm_linear_conv: the d = {d} columns from begin must be among the n = {weight.shape[0]} of y, "
+            f"got begin = {begin}"
+        )
+    if fuses(x) and conv_state.dtype == x.dtype and conv_state.shape[-1] == w - 1:
+        y, total = _norm_linear_conv(
+            x,
+            residual,
+            norm_weight,
+            weight,
+            bias,
+            conv_state,
+            conv_weight,
+            conv_bias,
+            eps,
+            begin,
+            prefetch,
+            prefetch_first,
+        )
+        return y, x if residual is None else total
+    y, total = norm_linear(x, weight, bias, norm_weight, residual=residual, eps=eps)
+    columns = y[..., begin : begin + d]
+    columns.copy_(causal_conv1d_update(columns, conv_state, conv_weight, conv_bias, "silu"))
+    return y, total
 
 
 def fuses(x: Tensor, *others: Tensor | None) -> bool:
@@ -80,9 +160,18 @@ def fuses(x: Tensor, *others: Tensor | None) -> bool:
     )
 
 
+def _outputs(x: Tensor, residual: Tensor | None, weight: Tensor) -> tuple[Tensor, Tensor]:
+    total = x.new_empty(0) if residual is None else residual.new_empty(residual.shape)
+    return x.new_empty(x.shape[0], weight.shape[0]), total
+
+
 @register_fake("norm_linear")
 def _(
     x: Tensor, residual: Tensor | None, z: Any, norm: Any, weight: Tensor, *_: Any
 ) -> tuple[Tensor, Tensor]:
-    total = x.new_empty(0) if residual is None else residual.new_empty(residual.shape)
-    return x.new_empty(x.shape[0], weight.shape[0]), total
+    return _outputs(x, residual, weight)
+
+
+@register_fake("norm_linear_conv")
+def _(x: Tensor, residual: Tensor | None, norm: Any, weight: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
+    return _outputs(x, residual, weight)

@@ -53,7 +53,7 @@ def causal_conv1d_update(
     (tensor([[23.]]), tensor([[[2., 3.]]]))
     """
     silu = is_silu("causal_conv1d_update", activation)
-    _prepare("causal_conv1d_update", state, x, weight, bias)
+    prepare("causal_conv1d_update", state, x, weight, bias)
     y: Tensor = _conv(x, state, weight, bias, state_indices, silu)
     return y
 
@@ -102,7 +102,7 @@ def selective_state_update(
     >>> selective_state_update(state, one, one, torch.zeros(1, 1), one, one), state
     (tensor([[2.]]), tensor([[[2.]]]))
     """
-    _prepare("selective_state_update", state, u, delta, A, B, C, D, z, delta_bias)
+    prepare("selective_state_update", state, u, delta, A, B, C, D, z, delta_bias)
     y: Tensor = _scan(state, u, delta, A, B, C, D, z, delta_bias, state_indices, delta_softplus)
     return y
 
@@ -122,6 +122,7 @@ def ssd_state_update(
     *,
     state_indices: Tensor | None = None,
     A_is_log: bool = False,
+    prefetch: Tensor | None = None,
 ) -> Tensor:
     """`ssd` of one token or a few, continuing from `state`, which then holds the state after them.
 
@@ -141,6 +142,8 @@ def ssd_state_update(
             whose y is zero and which touches no state. Rows that share a state take their turns in order.
             On CUDA an index beyond s cannot raise: the y of its row is NaN, and no state is touched.
         A_is_log: A holds log(-A), the layers' parameter: no further operators for -exp(A) at every token.
+        prefetch: contiguous memory, float, that a later launch will read, such as a weight: the GPU brings it
+            into its L2 cache as this one ends. Changes no result.
 
     Returns:
         y, shaped like x, in its dtype and layout, from the unrounded state. Not differentiable.
@@ -155,12 +158,14 @@ def ssd_state_update(
     >>> ssd_state_update(state, one, one[0], torch.zeros(1), one, one), state
     (tensor([[[2.]]]), tensor([[[[2.]]]]))
     """
-    _prepare("ssd_state_update", state, x, dt, A, B, C, D, z, dt_bias)
-    y: Tensor = _ssd(state, x, dt, A, B, C, D, z, dt_bias, state_indices, dt_softplus, *dt_limit, A_is_log)
+    prepare("ssd_state_update", state, x, dt, A, B, C, D, z, dt_bias)
+    y: Tensor = _ssd(
+        state, x, dt, A, B, C, D, z, dt_bias, state_indices, dt_softplus, *dt_limit, A_is_log, prefetch
+    )
     return y
 
 
-def _prepare(op: str, state: Tensor, *inputs: Tensor | None) -> None:
+def prepare(op: str, state: Tensor, *inputs: Tensor | None) -> None:
     """Keeps autograd honest: no silent detaching, and the write to `state` shows in its version."""
     if torch.is_grad_enabled():
         for tensor in (state, *inputs):

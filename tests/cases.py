@@ -339,6 +339,35 @@ def norm_linear(
     return inputs
 
 
+def norm_linear_conv(
+    b: int = 3,
+    k: int = 40,
+    n: int = 20,
+    d: int = 6,
+    w: int = 4,
+    begin: int = 5,
+    norm: str = "add",
+    *,
+    kept: int | None = None,
+    dtype: torch.dtype = torch.float32,
+    params: torch.dtype | None = None,
+    layout: str = "contiguous",
+    device: str = "cpu",
+    seed: int = 0,
+) -> Inputs:
+    """norm: none, norm, or add; kept: inputs in the state, w - 1 unless given."""
+    inputs = norm_linear(b, k, n, norm, dtype=dtype, params=params, layout=layout, device=device, seed=seed)
+    draw = Draw(seed + 1, dtype, params, device, layout)
+    return {
+        "norm_weight": None,
+        **inputs,
+        "conv_state": lay_out(draw.data(draw.normal(b, d, kept or w - 1)).clone(), _writable(layout)),
+        "conv_weight": draw.parameter(draw.normal(d, w) / math.sqrt(w)),
+        "conv_bias": draw.parameter(draw.normal(d)),
+        "begin": begin,
+    }
+
+
 def state_indices(draw: Draw, b: int, s: int, dtype: torch.dtype = torch.int32) -> Tensor:
     """b different rows of s in any order, every third replaced by -1."""
     rows = torch.randperm(s, generator=draw.generator, device=draw.generator.device)[:b].cpu()

@@ -1,6 +1,8 @@
-"""norm_linear against the formula of its parts: every norm, any number of rows, sizes and strides."""
+"""norm_linear and norm_linear_conv against the formulas of their parts: every norm, any number of rows, sizes
+and strides."""
 
 import re
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -12,7 +14,7 @@ import mamba_ops
 from mamba_ops import reference
 from tests import cases
 from tests.cases import LAYOUTS, NORMS, Inputs
-from tests.compare import FEW
+from tests.compare import FEW, clone_strided
 from tests.conftest import missing_device
 
 
@@ -47,12 +49,46 @@ def plain(
     return F.linear(x, weight, bias), total
 
 
-def check(inputs: Inputs) -> None:
+def plain_conv(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    norm_weight: Tensor | None,
+    conv_state: Tensor,
+    conv_weight: Tensor,
+    conv_bias: Tensor | None,
+    *,
+    begin: int,
+    **options: Any,
+) -> tuple[Tensor, Tensor, Tensor]:
+    y, total = plain(x, weight, bias, norm_weight, **options)
+    columns = y[:, begin : begin + len(conv_weight)]
+    conv_state = conv_state.clone()
+    columns.copy_(
+        reference.causal_conv1d_update(columns, conv_state, conv_weight, conv_bias, activation="silu")
+    )
+    return y, total, conv_state
+
+
+def conv(conv_state: Tensor, **inputs: Any) -> tuple[Tensor, Tensor, Tensor]:
+    """norm_linear_conv on a state that stays, in the same strides; with the new state."""
+    state = clone_strided(conv_state)
+    return *mamba_ops.norm_linear_conv(conv_state=state, **inputs), state
+
+
+Results = tuple[Tensor, ...]
+
+
+def check(
+    inputs: Inputs,
+    operator: Callable[..., Results] = mamba_ops.norm_linear,
+    formula: Callable[..., Results] = plain,
+) -> None:
     """Errors (2-norm) at most twice those of the formula in the inputs' own dtypes on the CPU, and last bits;
     four times for few elements, as in tests/compare.py."""
     host = {k: v.cpu() if torch.is_tensor(v) else v for k, v in inputs.items()}
-    exact = plain(**{k: v.double() if torch.is_tensor(v) else v for k, v in host.items()})
-    for got, own, truth in zip(mamba_ops.norm_linear(**inputs), plain(**host), exact, strict=True):
+    exact = formula(**{k: v.double() if torch.is_tensor(v) else v for k, v in host.items()})
+    for got, own, truth in zip(operator(**inputs), formula(**host), exact, strict=True):
         assert (got.shape, got.dtype) == (own.shape, own.dtype)
         error, base = ((t.cpu().double() - truth).norm() for t in (got, own))
         factor = 2 if got.numel() >= FEW else 4
@@ -136,6 +172,80 @@ def test_bad_combinations(changes: Inputs, message: str) -> None:
         mamba_ops.norm_linear(**cases.norm_linear(3, 8, 5) | changes)
 
 
+# --- norm_linear_conv -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("norm", ["none", "norm", "add", "add to float32"])
+@pytest.mark.parametrize("b", [1, 3, 8, 9])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_conv_follows_the_formula(device: str, dtype: torch.dtype, b: int, norm: str) -> None:
+    check(
+        cases.norm_linear_conv(b, 768, 1100, 700, 4, 300, norm, dtype=dtype, device=device), conv, plain_conv
+    )
+
+
+SLICES = [(64, 9, 9, 0), (512, 70, 1, 69), (2560, 1058, 538, 512), (8, 40, 13, 3)]
+
+
+@pytest.mark.parametrize("w", [2, 3, 4])
+@pytest.mark.parametrize(("k", "n", "d", "begin"), SLICES)
+def test_conv_of_some_columns(device: str, k: int, n: int, d: int, begin: int, w: int) -> None:
+    for b in (1, 5):
+        inputs = cases.norm_linear_conv(b, k, n, d, w, begin, dtype=torch.bfloat16, device=device)
+        check(inputs, conv, plain_conv)
+
+
+@pytest.mark.parametrize("params", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_conv_layouts_and_weights(device: str, layout: str, params: torch.dtype) -> None:
+    options: Inputs = {"params": params, "layout": layout, "dtype": torch.bfloat16, "device": device}
+    inputs = cases.norm_linear_conv(4, 264, 70, 33, 4, 20, **options)
+    check(inputs, conv, plain_conv)
+    taps = inputs["conv_weight"].t().contiguous().t()
+    check(
+        inputs | {"conv_weight": taps, "conv_bias": None, "bias": torch.zeros_like(inputs["bias"])},
+        conv,
+        plain_conv,
+    )
+
+
+def test_conv_that_keeps_more_inputs(device: str) -> None:
+    inputs = cases.norm_linear_conv(2, 64, 30, 20, 3, 4, kept=5, dtype=torch.bfloat16, device=device)
+    check(inputs, conv, plain_conv)
+
+
+def test_conv_goes_on(device: str) -> None:
+    """Three tokens after one another are those of the operators one by one."""
+    inputs = cases.norm_linear_conv(2, 264, 90, 40, 4, 30, dtype=torch.bfloat16, device=device)
+    state = inputs.pop("conv_state")
+    own = state.clone()
+    rest = {k: v for k, v in inputs.items() if not k.startswith("conv") and k != "begin"}
+    for _ in range(3):
+        y, _ = mamba_ops.norm_linear_conv(conv_state=state, **inputs)
+        expected, _ = mamba_ops.norm_linear(**rest)
+        taken = mamba_ops.causal_conv1d_update(
+            expected[:, 30:70], own, inputs["conv_weight"], inputs["conv_bias"], "silu"
+        )
+        assert torch.equal(state, own)
+        torch.testing.assert_close(y[:, 30:70], taken, rtol=2**-8, atol=1e-6)
+        assert torch.equal(y[:, :30], expected[:, :30]) and torch.equal(y[:, 70:], expected[:, 70:])
+
+
+def test_conv_refuses_gradients() -> None:
+    inputs = cases.norm_linear_conv()
+    with pytest.raises(RuntimeError, match="norm_linear_conv: has no backward"):
+        mamba_ops.norm_linear_conv(**inputs | {"x": inputs["x"].requires_grad_()})
+
+
+@pytest.mark.parametrize("begin", [-1, 15])
+def test_conv_outside_of_y(begin: int) -> None:
+    message = (
+        f"norm_linear_conv: the d = 6 columns from begin must be among the n = 20 of y, got begin = {begin}"
+    )
+    with pytest.raises(ValueError, match=re.escape(message)):
+        mamba_ops.norm_linear_conv(**cases.norm_linear_conv(begin=begin))
+
+
 # --- the kernel -------------------------------------------------------------------------------------------
 
 
@@ -143,8 +253,15 @@ def operator(**inputs: Any) -> tuple[Tensor, Tensor]:
     names = ("x", "residual", "z", "norm_weight", "weight", "bias")
     tensors = [inputs.get(name) for name in names]
     y, total = torch.ops.mamba_ops.norm_linear(
-        *tensors, inputs.get("eps", 1e-5), inputs.get("norm_before_gate", False)
+        *tensors, inputs.get("eps", 1e-5), inputs.get("norm_before_gate", False), inputs.get("prefetch")
     )
+    return y, total
+
+
+def conv_operator(**inputs: Any) -> tuple[Tensor, Tensor]:
+    names = ("x", "residual", "norm_weight", "weight", "bias", "conv_state", "conv_weight", "conv_bias")
+    tensors = [inputs.get(name) for name in names]
+    y, total = torch.ops.mamba_ops.norm_linear_conv(*tensors, inputs["eps"], inputs["begin"])
     return y, total
 
 
@@ -174,6 +291,39 @@ def test_rows_beyond_one_launch(gpu: str) -> None:
         assert torch.equal(total[rows], expected_total)
 
 
+def test_conv_opcheck(gpu: str) -> None:
+    inputs = cases.norm_linear_conv(dtype=torch.bfloat16, device=gpu)
+    names = ("x", "residual", "norm_weight", "weight", "bias", "conv_state", "conv_weight", "conv_bias")
+    torch.library.opcheck(
+        torch.ops.mamba_ops.norm_linear_conv.default, (*(inputs[name] for name in names), 1e-5, 5)
+    )
+
+
+def test_conv_rows_beyond_one_launch(gpu: str) -> None:
+    inputs = cases.norm_linear_conv(21, 5120, 300, 100, 4, 150, dtype=torch.bfloat16, device=gpu)
+    parts = [{k: inputs[k][i : i + 8].clone() for k in ("x", "residual", "conv_state")} for i in (0, 8, 16)]
+    y, total = conv_operator(**inputs)
+    for i, part in enumerate(parts):
+        expected, expected_total = mamba_ops.norm_linear_conv(**inputs | part)
+        rows = slice(8 * i, 8 * i + 8)
+        assert torch.equal(y[rows], expected) and torch.equal(total[rows], expected_total)
+        assert torch.equal(inputs["conv_state"][rows], part["conv_state"])
+
+
+@pytest.mark.parametrize("first", [False, True])
+@pytest.mark.parametrize("b", [1, 8, 9])
+def test_prefetch_changes_nothing(gpu: str, b: int, first: bool) -> None:
+    """Of no byte, of few, at any address, of more than the L2 cache has."""
+    inputs = half(b, 2560, 1100, "add", device=gpu)
+    memory = torch.zeros(40 << 20, dtype=torch.bfloat16, device=gpu)
+    expected = mamba_ops.norm_linear(**inputs)
+    for part in (memory[:0], memory[3:9], memory[3:12], memory[1:1000], memory[: 1 << 20], memory[5:]):
+        got = mamba_ops.norm_linear(**inputs, prefetch=part, prefetch_first=first)
+        assert torch.equal(got[0], expected[0]) and torch.equal(got[1], expected[1])
+    torch.cuda.synchronize()
+    assert not memory.any()
+
+
 def test_the_same_bits_every_run_and_in_a_graph(gpu: str) -> None:
     inputs = half(5, 2560, 1000, "add to float32", device=gpu)
     expected = mamba_ops.norm_linear(**inputs)
@@ -197,9 +347,37 @@ def test_the_same_bits_every_run_and_in_a_graph(gpu: str) -> None:
         ({"norm_weight": torch.zeros(7)}, "norm_weight must be (k) = (8), got (7,)"),
         ({"bias": torch.zeros(4)}, "bias must be (n) = (5), got (4,)"),
         ({"eps": -1.0}, "eps must be >= 0, got -1"),
+        ({"prefetch": torch.zeros(4, dtype=torch.int32)}, "prefetch must be float32 or bfloat16 or"),
+        ({"prefetch": torch.zeros(4, 4).bfloat16().t()[:2]}, "prefetch must be contiguous"),
     ],
 )
 def test_bad_input(gpu: str, changes: Inputs, message: str) -> None:
     changes = {k: v.to(gpu) if torch.is_tensor(v) else v for k, v in changes.items()}
     with pytest.raises(RuntimeError, match="norm_linear: " + re.escape(message)):
         operator(**half(3, 8, 5, device=gpu) | changes)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"conv_state": torch.zeros(3, 6, 4)}, "conv_state must be bfloat16, got float32"),
+        (
+            {"conv_state": torch.zeros(3, 6, 4).bfloat16()},
+            "conv_state must be (b, d, w - 1) = (3, 6, 3), got (3, 6, 4)",
+        ),
+        (
+            {"conv_state": torch.zeros(1, 6, 3).bfloat16().expand(3, 6, 3)},
+            "conv_state is updated in place: every value needs memory of its own, got stride 0 in dim 0",
+        ),
+        ({"conv_weight": torch.zeros(6, 5)}, "conv_weight must be (d, w) with w in 2..4, got (6, 5)"),
+        ({"conv_bias": torch.zeros(5)}, "conv_bias must be (d) = (6), got (5,)"),
+        (
+            {"begin": 15},
+            "the d = 6 columns from conv_begin must be among the n = 20 of y, got conv_begin = 15",
+        ),
+    ],
+)
+def test_conv_bad_input(gpu: str, changes: Inputs, message: str) -> None:
+    changes = {k: v.to(gpu) if torch.is_tensor(v) else v for k, v in changes.items()}
+    with pytest.raises(RuntimeError, match="norm_linear_conv: " + re.escape(message)):
+        conv_operator(**cases.norm_linear_conv(dtype=torch.bfloat16, device=gpu) | changes)

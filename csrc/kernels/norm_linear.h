@@ -1,15 +1,25 @@
-// A projection of few rows, with what stands before it in a layer's step:
+// A projection of few rows, with what stands around it in a layer's step:
 //
 //   y = W x' + bias;   x' = x, or s (mean s^2 + eps)^-1/2 w  of  s = residual + x, rounded as it is stored,
 //                      or v r w  of  v = x silu(z),  or with norm_before_gate  x r w silu(z)
+//   y[begin + c] = silu(conv)  for c < d:  a step of a causal convolution of y[begin + c], rounded as y is,
+//                      whose state moves on
 //
 // x' is rounded before the norm's factor of its row multiplies the sums. CUDA only, in bfloat16.
 #pragma once
-#include "kernels/view.h"
+#include "kernels/causal_conv1d.h"
+#include "kernels/prefetch.h"
 
 namespace mamba_ops {
 
 struct NormLinear {
+  // Columns [begin, begin + d) of y.
+  struct Conv {
+    int64_t begin, d;
+    int w;
+    View state;         // (b, d, w - 1), bfloat16; absent: no convolution
+    View weight, bias;  // (d, w), (d)
+  };
   int64_t b, k, n;
   double eps;
   bool norm_before_gate;
@@ -18,6 +28,9 @@ struct NormLinear {
   View norm;            // (1, k)
   View weight, bias;    // (n, k), (n)
   View y;               // (b, n), contiguous
+  Conv conv;
+  Prefetch prefetch;
+  bool prefetch_first;  // beside the first columns of W; else once all of W has been asked for
 };
 
 // Returns nullptr, or what CUDA says went wrong; does not wait for the kernel.

@@ -9,6 +9,7 @@
 #include <vector>
 
 #include "kernels/plan.h"
+#include "kernels/prefetch.h"
 #include "kernels/view.h"
 
 namespace mamba_ops {
@@ -41,6 +42,8 @@ class Checker {
     dtype(name, t, allowed);
     shape(name, t, letters, dims);
   }
+  // What can be prefetched of the argument `prefetch`.
+  Prefetch prefetch(const OptTensor& memory) const;
   void that(bool ok, const std::string& message) const {
     if (!ok) fail(op_, message);
   }

@@ -15,7 +15,8 @@ from ..selective_scan import selective_scan
 from ..state_update import causal_conv1d_update, selective_state_update
 from .cache import LayerCache, carry, check_sequence, decay_rate, initial_state, state_dtype_of
 from .init import Device, depthwise_conv, no_weight_decay, random_step_bias
-from .token import is_plain, project, token_rows
+from .norm import RMSNormGated
+from .token import is_plain, project, project_and_convolve, token_rows, weight_of
 
 
 class Mamba(nn.Module):
@@ -214,14 +215,45 @@ class Mamba(nn.Module):
     def step(self, x: Tensor, cache: LayerCache) -> Tensor:
         """One token: x (b, d_model) or (b, 1, d_model); cache, b rows, updated in place. Returns x.shape."""
         rows = token_rows("Mamba.step", x, self.d_model)
-        return self.step_projected(project(self.in_proj, rows), cache).reshape(x.shape)
-
-    def step_projected(self, projected: Tensor, cache: LayerCache) -> Tensor:
-        """What `step` does with the output of in_proj (b, ·). Returns (b, d_model)."""
-        inner, z = projected.chunk(2, dim=-1)
+        fused = self.step_fused(rows, cache)
+        if fused is not None:
+            return fused[0].reshape(x.shape)
+        inner, z = project(self.in_proj, rows).chunk(2, dim=-1)
         u = causal_conv1d_update(
             inner, cache.conv_state, self.conv1d.weight.squeeze(1), self.conv1d.bias, "silu"
         )
+        return self._step_convolved(u, z, cache).reshape(x.shape)
+
+    def step_fused(
+        self,
+        x: Tensor,
+        cache: LayerCache,
+        norm: RMSNormGated | None = None,
+        residual: Tensor | None = None,
+        following: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor] | None:
+        """`step` of norm(residual + x), or of x without norm, in fewer launches; None where it takes more.
+
+        Args and result: see Mamba2.step_fused.
+        """
+        fused = project_and_convolve(
+            self.in_proj,
+            self.conv1d,
+            x,
+            cache.conv_state,
+            norm=norm,
+            residual=residual,
+            prefetch=weight_of(self.out_proj),
+        )
+        if fused is None:
+            return None
+        u, z = fused[0].chunk(2, dim=-1)
+        return self._step_convolved(u, z, cache, following), fused[1]
+
+    def _step_convolved(
+        self, u: Tensor, z: Tensor, cache: LayerCache, following: Tensor | None = None
+    ) -> Tensor:
+        """What `step` does behind the convolution. Returns (b, d_model)."""
         dt, B, C = torch.split(project(self.x_proj, u), [self.dt_rank, self.d_state, self.d_state], dim=-1)
         delta, delta_bias = self._raw_steps(dt)
         y = selective_state_update(
@@ -236,7 +268,7 @@ class Mamba(nn.Module):
             delta_bias,
             True,
         )
-        return project(self.out_proj, y)
+        return project(self.out_proj, y, following)
 
     def allocate_cache(
         self,

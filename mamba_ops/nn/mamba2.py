@@ -17,7 +17,7 @@ from ..state_update import causal_conv1d_update, ssd_state_update
 from .cache import LayerCache, carry, check_sequence, decay_rate, initial_state, state_dtype_of
 from .init import Device, depthwise_conv, no_weight_decay, random_step_bias
 from .norm import RMSNormGated
-from .token import is_plain, norm_and_project, project, token_rows
+from .token import is_plain, norm_and_project, project, project_and_convolve, token_rows, weight_of
 
 
 class Mamba2(nn.Module):
@@ -262,14 +262,64 @@ class Mamba2(nn.Module):
     def step(self, x: Tensor, cache: LayerCache) -> Tensor:
         """One token: x (b, d_model) or (b, 1, d_model); cache, b rows, updated in place. Returns x.shape."""
         rows = token_rows("Mamba2.step", x, self.d_model)
-        return self.step_projected(project(self.in_proj, rows), cache).reshape(x.shape)
-
-    def step_projected(self, projected: Tensor, cache: LayerCache) -> Tensor:
-        """What `step` does with the output of in_proj (b, ·). Returns (b, d_model)."""
-        *mlp, z, xBC, dt = torch.split(projected, self._split, dim=-1)
+        fused = self.step_fused(rows, cache)
+        if fused is not None:
+            return fused[0].reshape(x.shape)
+        *mlp, z, xBC, dt = torch.split(project(self.in_proj, rows), self._split, dim=-1)
         xBC = causal_conv1d_update(
             xBC, cache.conv_state, self.conv1d.weight.squeeze(1), self.conv1d.bias, "silu"
         )
+        prefetch = weight_of(self.out_proj) if x.is_cuda else None
+        return self._step_convolved(mlp, z, xBC, dt, cache, prefetch).reshape(x.shape)
+
+    def step_fused(
+        self,
+        x: Tensor,
+        cache: LayerCache,
+        norm: RMSNormGated | None = None,
+        residual: Tensor | None = None,
+        following: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor] | None:
+        """`step` of norm(residual + x), or of x without norm, in three launches; None where it takes more.
+
+        Args:
+            x: (b, d_model).
+            cache: b rows, updated in place.
+            norm, residual: what stands before the layer.
+            following: the weight that the launch behind the layer reads, to be prefetched.
+
+        Returns:
+            The layer's output (b, d_model), and residual + x, or x.
+        """
+        fused = project_and_convolve(
+            self.in_proj,
+            self.conv1d,
+            x,
+            cache.conv_state,
+            begin=2 * self.d_mlp + self.d_ssm,
+            norm=norm,
+            residual=residual,
+            prefetch=weight_of(self.out_proj),
+        )
+        if fused is None:
+            return None
+        *mlp, z, xBC, dt = torch.split(fused[0], self._split, dim=-1)
+        return self._step_convolved(mlp, z, xBC, dt, cache, None, following), fused[1]
+
+    def _step_convolved(
+        self,
+        mlp: Sequence[Tensor],
+        z: Tensor,
+        xBC: Tensor,
+        dt: Tensor,
+        cache: LayerCache,
+        prefetch: Tensor | None,
+        following: Tensor | None = None,
+    ) -> Tensor:
+        """What `step` does behind the convolution. Returns (b, d_model).
+
+        prefetch, following: the weights to be prefetched by the state update, and by the launch of out_proj.
+        """
         inner, B, C = self._heads(xBC)
         y = ssd_state_update(
             cache.ssm_state,
@@ -284,11 +334,12 @@ class Mamba2(nn.Module):
             True,
             self.dt_limit,
             A_is_log=True,
+            prefetch=prefetch,
         )
         if self.rmsnorm and not mlp:
-            fused = norm_and_project(self.norm, self.out_proj, y.flatten(-2), z=z)
-            if fused is not None:
-                return fused[0]
+            out = norm_and_project(self.norm, self.out_proj, y.flatten(-2), z=z, prefetch=following)
+            if out is not None:
+                return out
         return project(self.out_proj, self._gated(y, z, mlp))
 
     def allocate_cache(

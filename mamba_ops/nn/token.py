@@ -1,4 +1,4 @@
-"""What layers need beside the operators: a check of a token, a fast product of few rows, plain modules."""
+"""What layers need beside the operators: a check of a token, fast products of few rows, plain modules."""
 
 from __future__ import annotations
 
@@ -7,10 +7,14 @@ from typing import TypeGuard, TypeVar
 import torch
 from torch import Tensor, nn
 
-from ..norm_linear import fuses, norm_linear
+from ..norm_linear import fuses, norm_linear, norm_linear_conv
 from .norm import RMSNormGated
 
 M = TypeVar("M", bound=nn.Module)
+
+# Of the next layer's first weight, what an H100's memory delivers while this layer's last launch runs, and
+# what its L2 cache of 50 MB keeps beside that launch's own weight.
+PREFETCH_BYTES = 20 << 20
 
 
 def token_rows(name: str, x: Tensor, d_model: int) -> Tensor:
@@ -26,8 +30,21 @@ def is_plain(module: nn.Module, kind: type[M]) -> TypeGuard[M]:
     return type(module) is kind and not any(hooks) and not module._backward_pre_hooks
 
 
+def weight_of(linear: nn.Module) -> Tensor | None:
+    """The weight of a plain projection, for `prefetch`."""
+    return linear.weight if is_plain(linear, nn.Linear) and linear.weight.is_contiguous() else None
+
+
 def _fuses(linear: nn.Module, x: Tensor) -> TypeGuard[nn.Linear]:
     return is_plain(linear, nn.Linear) and linear.weight.dtype == x.dtype and fuses(x)
+
+
+def _norm_fuses(norm: RMSNormGated, x: Tensor) -> bool:
+    return (
+        is_plain(norm, type(norm))
+        and norm.weight.dtype in (x.dtype, torch.float32)
+        and norm.group_size in (None, norm.weight.numel())
+    )
 
 
 def norm_and_project(
@@ -35,30 +52,69 @@ def norm_and_project(
     linear: nn.Module,
     x: Tensor,
     *,
-    residual: Tensor | None = None,
-    z: Tensor | None = None,
-) -> tuple[Tensor, Tensor] | None:
-    """norm_linear by two modules for x (b, k), without autograd; None where it would not be one launch."""
-    if not (
-        _fuses(linear, x) and is_plain(norm, type(norm)) and norm.weight.dtype in (x.dtype, torch.float32)
-    ):
-        return None
-    if norm.group_size not in (None, norm.weight.numel()):
+    z: Tensor,
+    prefetch: Tensor | None = None,
+) -> Tensor | None:
+    """norm_linear by two modules for x and its gate z (b, k), without autograd, whose weight was prefetched;
+    None where it would not be one launch.
+
+    prefetch: a weight that the launches behind this one read; of its rows, what comes in while this one runs.
+    """
+    if not (_fuses(linear, x) and _norm_fuses(norm, x)):
         return None
     return norm_linear(
         x,
         linear.weight,
         linear.bias,
         norm.weight,
-        residual=residual,
         z=z,
         eps=norm.eps,
         norm_before_gate=norm.norm_before_gate,
+        prefetch=_first_rows(prefetch),
+        prefetch_first=True,
+    )[0]
+
+
+def project_and_convolve(
+    linear: nn.Module,
+    conv: nn.Conv1d,
+    x: Tensor,
+    conv_state: Tensor,
+    *,
+    begin: int = 0,
+    norm: RMSNormGated | None = None,
+    residual: Tensor | None = None,
+    prefetch: Tensor | None = None,
+) -> tuple[Tensor, Tensor] | None:
+    """norm_linear_conv by modules for x (b, k), without autograd; None where it would not be one launch."""
+    if not (_fuses(linear, x) and (norm is None or _norm_fuses(norm, x))):
+        return None
+    if conv_state.dtype != x.dtype or conv.weight.dtype not in (x.dtype, torch.float32):
+        return None
+    return norm_linear_conv(
+        x,
+        linear.weight,
+        linear.bias,
+        None if norm is None else norm.weight,
+        conv_state,
+        conv.weight.squeeze(1),
+        conv.bias,
+        begin=begin,
+        residual=residual,
+        eps=1e-5 if norm is None else norm.eps,
+        prefetch=prefetch,
     )
 
 
-def project(linear: nn.Module, x: Tensor) -> Tensor:
-    """linear(x) for x (b, k), without autograd.
+def _first_rows(weight: Tensor | None) -> Tensor | None:
+    """Of a weight (n, k) the first PREFETCH_BYTES, at least a row."""
+    if weight is None:
+        return None
+    return weight[: max(1, PREFETCH_BYTES // (weight.shape[1] * weight.element_size()))]
+
+
+def project(linear: nn.Module, x: Tensor, prefetch: Tensor | None = None) -> Tensor:
+    """linear(x) for x (b, k), without autograd; prefetch: see norm_and_project.
 
     torch multiplies one to three float32 rows on the CPU by a matrix-vector routine of one thread, at a
     quarter of the memory's speed (torch 2.15 with MKL, two cores of an AMD EPYC: 2.1 ms for 30 MB of
@@ -66,7 +122,8 @@ def project(linear: nn.Module, x: Tensor) -> Tensor:
     on a GPU go by norm_linear.
     """
     if _fuses(linear, x):
-        return norm_linear(x, linear.weight, linear.bias)[0]
+        prefetch = _first_rows(prefetch)
+        return norm_linear(x, linear.weight, linear.bias, prefetch=prefetch, prefetch_first=True)[0]
     if (
         not is_plain(linear, nn.Linear)
         or not 1 <= x.shape[0] <= 3

@@ -1,9 +1,11 @@
 // One token, or a few, of the causal convolution, with the state in place (math: kernels/causal_conv1d.h).
 //
-// A thread owns a channel of one batch row: it keeps the last w - 1 inputs in registers, walks the tokens,
-// and moves the state on. Nothing is shared, no value is summed by two threads: bitwise repeatable. A call
-// moves a few bytes per channel: the launch is what it costs, and one latency of the memory, as no load waits
-// for another.
+// One token of four taps, whose tensors have one type and lie in whole packs of 16 bytes: a thread owns a
+// pack of channels of one batch row, and asks for its inputs, states and weights at once, 16 bytes at a time.
+// Anything else: a thread owns a channel of one batch row, keeps the last w - 1 inputs in registers, walks
+// the tokens, and moves the state on. Nothing is shared, no value is summed by two threads: bitwise
+// repeatable. A call moves a few bytes per channel: the launch is what it costs, and one latency of the
+// memory.
 #include <algorithm>
 
 #include "kernels/cuda/state_rows.cuh"
@@ -17,42 +19,110 @@ namespace {
 
 constexpr int kThreads = 128;
 
-// T: of all tensors; void: each has its own.
-template <class R, class T>
-__global__ void __launch_bounds__(kThreads) conv_update(const ConvUpdate p, const DeviceRows rows) {
-  constexpr bool kOneType = !std::is_void_v<T>;
+// ---- Packs of 16 bytes
+
+// Values that neighbouring packs hold.
+template <class T, int kPacks>
+struct Packs {
+  static constexpr int kPack = 16 / sizeof(T);
+
+  Pack<T, kPack> pack[kPacks];
+
+  __device__ void load(const T* from) {
+#pragma unroll
+    for (int i = 0; i < kPacks; ++i) pack[i] = reinterpret_cast<const Pack<T, kPack>*>(from)[i];
+  }
+  __device__ Real<T> at(int i) const { return pack[i / kPack].at(i % kPack); }
+  __device__ void set(int i, Real<T> v) { pack[i / kPack].set(i % kPack, from_real<T>(v)); }  // in order
+  __device__ void store(T* to) const {
+#pragma unroll
+    for (int i = 0; i < kPacks; ++i) reinterpret_cast<Pack<T, kPack>*>(to)[i] = pack[i];
+  }
+};
+
+// kSeen: k of the state.
+template <class T, int kSeen>
+__global__ void __launch_bounds__(kThreads) conv_packs(const ConvUpdate p, const DeviceRows rows) {
+  constexpr int kPack = 16 / sizeof(T), kTaps = kConvMaxWidth;
+  const ConvDims& dims = p.conv.dims;
+  const int64_t c = (int64_t(blockIdx.x) * kThreads + threadIdx.x) * kPack;
+  const bool inside = c < dims.d;  // whole warps look for their rows
+  Packs<T, kTaps> weight = {};
+  Packs<T, 1> bias = {};
+  if (inside) {
+    weight.load(static_cast<const T*>(p.conv.weight.data) + c * kTaps);
+    if (p.conv.bias.data) bias.load(static_cast<const T*>(p.conv.bias.data) + c);
+  }
+
+  const auto output = [&](int64_t b) { return static_cast<T*>(p.conv.y.data) + b * p.conv.y.stride[0] + c; };
+  const auto update = [&](int64_t b, int64_t row) {
+    if (!inside) return;
+    T* const state = static_cast<T*>(p.state.data) + row * p.state.stride[0] + c * kSeen;
+    Packs<T, kSeen> seen, moved;
+    Packs<T, 1> x, y;
+    seen.load(state);
+    x.load(static_cast<const T*>(p.conv.x.data) + b * p.conv.x.stride[0] + c);
+#pragma unroll
+    for (int i = 0; i < kPack; ++i) {
+      Real<T> conv = bias.at(i);
+#pragma unroll
+      for (int k = 0; k + 1 < kTaps; ++k)
+        conv += weight.at(kTaps * i + k) * seen.at(kSeen * i + kSeen - (kTaps - 1) + k);
+      conv += weight.at(kTaps * i + kTaps - 1) * x.at(i);
+      y.set(i, dims.silu ? silu(conv) : conv);
+#pragma unroll
+      for (int k = 0; k < kSeen; ++k)
+        moved.set(kSeen * i + k, k + 1 < kSeen ? seen.at(kSeen * i + k + 1) : x.at(i));
+    }
+    y.store(output(b));
+    moved.store(state);
+  };
+  const auto fill = [&](int64_t b, Real<T> value) {
+    Packs<T, 1> y;
+#pragma unroll
+    for (int i = 0; i < kPack; ++i) y.set(i, value);
+    if (inside) y.store(output(b));
+  };
+  for_rows(rows, dims.b, update, fill);
+}
+
+template <class T>
+bool packs_fit(const ConvUpdate& p, const DeviceRows& rows) {
+  constexpr int kPack = 16 / sizeof(T);
+  const ConvDims& dims = p.conv.dims;
+  const View &x = p.conv.x, &y = p.conv.y, &weight = p.conv.weight, &bias = p.conv.bias, &state = p.state;
+  const auto fits = [&](const View& v) { return v.dtype == x.dtype && packs_align(v, 1, {dims.b}, kPack); };
+  return dims.l == 1 && dims.w == kConvMaxWidth && (p.k == dims.w || p.k == dims.w - 1) &&
+         dims.d % kPack == 0 && fits(x) && fits(y) && weight.dtype == x.dtype && weight.stride[0] == dims.w &&
+         packs_align(weight, 1, {}, kPack) &&
+         (!bias.data || (bias.dtype == x.dtype && packs_align(bias, 0, {}, kPack))) &&
+         state.dtype == x.dtype && state.stride[1] == p.k && packs_align(state, 2, {rows.states}, kPack);
+}
+
+// ---- Anything else
+
+template <class R>
+__global__ void __launch_bounds__(kThreads) conv_any(const ConvUpdate p, const DeviceRows rows) {
   const ConvDims& dims = p.conv.dims;
   const View &x = p.conv.x, &y = p.conv.y, &state = p.state, &weights = p.conv.weight;
   const int64_t c = int64_t(blockIdx.x) * kThreads + threadIdx.x;
   const bool inside = c < dims.d;  // whole warps look for their rows
-  const auto load = [](const View& v, int64_t at) {
-    if constexpr (kOneType)
-      return to_real(static_cast<const T*>(v.data)[at]);
-    else
-      return load_one<R>(v, at);
-  };
-  const auto store = [](const View& v, int64_t at, R value) {
-    if constexpr (kOneType)
-      static_cast<T*>(v.data)[at] = from_real<T>(value);
-    else
-      store_one(v, at, value);
-  };
-  R weight[kConvMaxWidth], bias = 0;
+  R weight[kConvMaxWidth] = {}, bias = 0;
 #pragma unroll
   for (int k = 0; k < kConvMaxWidth; ++k)
-    weight[k] = inside && k < dims.w ? load(weights, c * weights.stride[0] + k * weights.stride[1]) : R(0);
-  if (inside && p.conv.bias.data) bias = load(p.conv.bias, c * p.conv.bias.stride[0]);
+    if (inside && k < dims.w) weight[k] = load_one<R>(weights, c * weights.stride[0] + k * weights.stride[1]);
+  if (inside && p.conv.bias.data) bias = load_one<R>(p.conv.bias, c * p.conv.bias.stride[0]);
 
   const auto update = [&](int64_t b, int64_t row) {
     if (!inside) return;
     const int64_t at = row * state.stride[0] + c * state.stride[1], step = state.stride[2];
     const auto token = [&](int64_t t) {
-      return load(x, b * x.stride[0] + c * x.stride[1] + t * x.stride[2]);
+      return load_one<R>(x, b * x.stride[0] + c * x.stride[1] + t * x.stride[2]);
     };
     R seen[kConvMaxWidth];  // seen[k] meets weight[k]
 #pragma unroll
     for (int k = 0; k < kConvMaxWidth; ++k)
-      seen[k] = k + 1 < dims.w ? load(state, at + (p.k - (dims.w - 1) + k) * step) : R(0);
+      seen[k] = k + 1 < dims.w ? load_one<R>(state, at + (p.k - (dims.w - 1) + k) * step) : R(0);
     for (int64_t t = 0; t < dims.l; ++t) {
       R conv = bias;
 #pragma unroll
@@ -60,23 +130,19 @@ __global__ void __launch_bounds__(kThreads) conv_update(const ConvUpdate p, cons
         if (k + 1 == dims.w) seen[k] = token(t);
         if (k < dims.w) conv += weight[k] * seen[k];
       }
-      store(y, b * y.stride[0] + c * y.stride[1] + t * y.stride[2], dims.silu ? silu(conv) : conv);
+      store_one(y, b * y.stride[0] + c * y.stride[1] + t * y.stride[2], dims.silu ? silu(conv) : conv);
 #pragma unroll
       for (int k = 0; k + 1 < kConvMaxWidth; ++k) seen[k] = seen[k + 1];
     }
-    const int64_t known = kOneType ? dims.w - 1 : 0;  // the last ones, in seen
-    for (int64_t j = 0; j + known < p.k; ++j)
+    for (int64_t j = 0; j < p.k; ++j)
       if (j + dims.l < p.k)
         store_one(state, at + j * step, load_one<double>(state, at + (j + dims.l) * step));
       else
         store_one(state, at + j * step, token(j + dims.l - p.k));
-#pragma unroll
-    for (int k = 0; k + 1 < kConvMaxWidth; ++k)
-      if (k < known) store(state, at + (p.k - known + k) * step, seen[k]);
   };
   const auto fill = [&](int64_t b, R value) {
     for (int64_t t = 0; inside && t < dims.l; ++t)
-      store(y, b * y.stride[0] + c * y.stride[1] + t * y.stride[2], value);
+      store_one(y, b * y.stride[0] + c * y.stride[1] + t * y.stride[2], value);
   };
   for_rows(rows, dims.b, update, fill);
 }
@@ -85,17 +151,22 @@ __global__ void __launch_bounds__(kThreads) conv_update(const ConvUpdate p, cons
 
 }  // namespace gpu
 
-const char* state_update_cuda(const ConvUpdate& p, const DeviceRows& rows, void* stream) {
+const char* state_update_cuda(const ConvUpdate& p, const DeviceRows& rows, void* cuda_stream) {
   using namespace gpu;
   const ConvDims& dims = p.conv.dims;
   if (dims.b * dims.d == 0) return nullptr;
-  const dim3 grid(unsigned((dims.d + kThreads - 1) / kThreads), unsigned(std::min<int64_t>(dims.b, 65535)));
-  const View *x = &p.conv.x, *bias = &p.conv.bias;
-  const bool one_type = x->dtype == p.state.dtype && x->dtype == p.conv.weight.dtype &&
-                        (!bias->data || x->dtype == bias->dtype);
-  by_storage(x->dtype, [&]<class T>() {
-    const auto kernel = one_type ? conv_update<Real<T>, T> : conv_update<Real<T>, void>;
-    kernel<<<grid, kThreads, 0, static_cast<cudaStream_t>(stream)>>>(p, rows);
+  const cudaStream_t stream = static_cast<cudaStream_t>(cuda_stream);
+  const auto grid = [&](int64_t channels) {
+    return dim3(unsigned((channels + kThreads - 1) / kThreads), 1,
+                unsigned(std::min<int64_t>(dims.b, 65535)));
+  };
+  by_storage(p.conv.x.dtype, [&]<class T>() {
+    if (packs_fit<T>(p, rows)) {
+      const auto kernel = p.k == dims.w ? conv_packs<T, kConvMaxWidth> : conv_packs<T, kConvMaxWidth - 1>;
+      kernel<<<grid(dims.d / (16 / sizeof(T))), kThreads, 0, stream>>>(p, rows);
+    } else {
+      conv_any<Real<T>><<<grid(dims.d), kThreads, 0, stream>>>(p, rows);
+    }
   });
   return launch_error();
 }

@@ -1,20 +1,33 @@
-// A projection of few rows and the norm before it (math: kernels/norm_linear.h).
+// A projection of few rows, the norm before it and the convolution after it (math: kernels/norm_linear.h).
 //
-// As many blocks as the GPU has multiprocessors share the rows of W in tiles of 8. A block streams its tiles,
-// one after the other; its 16 warps share the columns, 32 at a time: a thread's 16 bytes of a step, row
-// lane / 4 and columns 8 (lane % 4) + 0..7 of the warp's, are the right factor of two mma with the up to
-// eight rows of x' on the left. Copies run kAhead steps before the products, through slots of shared memory
-// that each thread has for itself, so that no barrier stands in their way. Every block makes x' for itself,
-// but for the norm's factor of a row, which multiplies the sums; it asks for the rows before the copies
-// begin, behind which they would wait. The sums of the warps are added in their order: bitwise repeatable.
+// As many blocks as the GPU has multiprocessors share the rows of W in tiles of 4. A tile is a row of chunks
+// of 64 columns, and the chunks of all tiles go to the 16 warps of a block in turns: a warp streams every
+// 16th. A thread's 16 bytes of a chunk are of row lane / 8, columns 8 (lane % 8) + 0..7: eight threads read a
+// line of 128 bytes. Copies run kAhead steps before the products, through slots of shared memory that each
+// thread has for itself, so that no barrier stands in their way.
 //
-// Shared memory: the slots (kAhead x 8 KiB), x' (2 k bytes a row), sums of 2 x 2 tiles (2 KiB a row). More
-// rows than eight, or than fit: one launch after the other. Bound by the bytes of W.
+// Products: two mma a step. Their right factor has a column for each half (32 columns) of each of the 4 rows,
+// as the threads have loaded them; the left one has x' twice, for the first halves in rows 0 to 7, for the
+// second in 8 to 15. Of the result the threads use what belongs together, rows r of the first halves and
+// r + 8 of the second: thread 4 r + q has the sum of rows r of x' and q of the tile, c[0] + c[3]. The sums of
+// the warps are added in their order, which depends on the row of W alone: bitwise repeatable.
+//
+// Every block makes x' for itself, but for the norm's factor of a row, which multiplies the sums; it asks for
+// the first rows before the copies begin, behind which they would wait. What an output takes beside its sum
+// is asked for with the first columns of its row.
+//
+// Shared memory: the slots (kAhead x 8 KiB), sums of 2 x 4 tiles (16 KiB), x' (2 k bytes a row). More rows
+// than eight, or than fit: one launch after the other.
+//
+// Bound by the bytes of W. `prefetch` keeps the memory busy where launches end and begin: the next launch
+// finds some of its bytes in the L2 cache. What runs before the first product runs once in every warp, and
+// hides behind nothing: kernels compiled for what stands before the projection, few instructions.
 #include <algorithm>
 
+#include "kernels/cuda/bits.cuh"
 #include "kernels/cuda/device.h"
-#include "kernels/cuda/load_store.cuh"
 #include "kernels/cuda/mma.cuh"
+#include "kernels/cuda/prefetch.cuh"
 #include "kernels/norm_linear.h"
 
 namespace mamba_ops {
@@ -24,188 +37,311 @@ namespace gpu {
 namespace {
 
 constexpr int kWarps = 16, kThreads = 32 * kWarps;
-constexpr int kAhead = 8;         // steps
+constexpr int kAhead = 6;         // steps
 constexpr int kPack = 8;          // values of 16 bytes
-constexpr int kStep = 4 * kPack;  // columns of a warp in a step
+constexpr int kStep = 8 * kPack;  // columns of a chunk
 constexpr int kSpan = kWarps * kStep;
-constexpr int kTile = 8;     // rows of W
-constexpr int kGroup = 2;    // tiles whose sums are added at once
+constexpr int kTile = 4;   // rows of W
+constexpr int kGroup = 4;  // tiles whose sums are added at once, by a warp each
+constexpr int kSums = 2 * kGroup * kWarps * 32;
 constexpr int kMaxRows = 8;  // of x
+constexpr int kAtOnce = 2;   // packs of a row of x that a thread asks for at once
 
 struct Shape {
-  int64_t tiles;  // of W
-  int columns;    // of a tile, in whole steps
+  int tiles;         // of W, that every block has
+  int more;          // blocks that have one more
+  int columns;       // of a tile, in whole chunks
+  int team_bits;     // log2 of the teams that make x'
+  int ahead;         // last tiles, in which a block prefetches
+  int pieces, part;  // of the prefetch: of a block, and asked for at once
+  float mean, eps;   // 1 / k
 };
+
+// What makes x' of x, in kernels for tensors that lie in whole packs of 16 bytes; `any` looks.
+enum class Before { any, nothing, norm, add_norm, gated_norm };
 
 // Values of a row of x' in shared memory: 64 bytes more than a multiple of 128, so that the eight threads of
 // a quarter warp, of two rows, meet no bank twice.
 __host__ __device__ inline int pitch_of(int columns) { return columns + 32; }
 
-// c += of rows 0 to 7 on the left
-__device__ inline void mma(float (&c)[4], uint32_t a0, uint32_t a2, uint32_t b0, uint32_t b1) {
-  mma_halves<bf16>(c, {a0, 0, a2, 0}, b0, b1);
-}
+// ---- x'
 
-// kPack values of a row, as they are stored: no load is waited for before a value is asked for.
+// kPack values of a row, as they are stored, 16-bit ones in the first half: no load is waited for before a
+// value is asked for.
 struct Values {
-  Pack<float, kPack> wide;
-  Pack<bf16, kPack> narrow;
+  struct alignas(16) Half {
+    uint32_t word[4];
+  } half[2];
   bool is_wide;
 
-  __device__ float at(int i) const { return is_wide ? wide.at(i) : narrow.at(i); }
+  __device__ float at(int i) const {
+    if (is_wide) return __uint_as_float(half[i / 4].word[i % 4]);
+    const uint32_t word = half[0].word[i / 2];
+    return __uint_as_float(i % 2 ? word & 0xffff0000u : word << 16);
+  }
 };
 
-// In columns from `column`, zeros beyond the row's end, or where there is no tensor.
-template <bool kVector>
-__device__ inline Values load_values(const View& from, int64_t row, int64_t column, int64_t k) {
-  const auto load = [&]<class S>(Pack<S, kPack>& pack) {
-    const S* at = static_cast<const S*>(from.data) + row * from.stride[0] + column * from.stride[1];
-    if (!kVector)
-      pack = load_pack<kPack>(at, from.stride[1], k - column, false);
-    else if (column < k)
-      pack = *reinterpret_cast<const Pack<S, kPack>*>(at);
-  };
-  Values values = {{}, {}, from.dtype == DType::f32};
-  if (from.data) values.is_wide ? load(values.wide) : load(values.narrow);
+// In columns from `column`, zeros beyond the row's end. kWide: may be float32.
+template <bool kVector, bool kWide>
+__device__ inline Values load_values(const View& from, int row, int column, int k) {
+  Values values = {.is_wide = kWide && from.dtype == DType::f32};
+  const int64_t at = row * from.stride[0] + column * (kVector ? 1 : from.stride[1]);
+  const auto* const wide = static_cast<const uint32_t*>(from.data) + at;
+  const auto* const narrow = static_cast<const uint16_t*>(from.data) + at;
+  if constexpr (kVector) {
+    if (column >= k) return values;
+    values.half[0] =
+        *static_cast<const Values::Half*>(values.is_wide ? static_cast<const void*>(wide) : narrow);
+    if (values.is_wide) values.half[1] = *reinterpret_cast<const Values::Half*>(wide + 4);
+  } else {
+#pragma unroll
+    for (int i = 0; i < kPack; ++i) {
+      if (column + i >= k) continue;
+      const int64_t step = i * from.stride[1];
+      if (values.is_wide)
+        values.half[i / 4].word[i % 4] = wide[step];
+      else
+        values.half[0].word[i / 2] |= uint32_t(narrow[step]) << (i % 2 * 16);
+    }
+  }
   return values;
 }
 
 // Fills s_x with the rows of x' without the norm's factors, zeros beyond column k, and writes the sum. Every
-// thread calls between() once it has asked for its first values. s_squares: of a row in warps row,
-// row + teams, ...; returns teams.
-template <bool kVector, class F>
-__device__ inline int make_rows(const NormLinear& p, bf16* s_x, float* s_squares, int columns, F between) {
+// thread calls between() once it has asked for its first values. s_squares: of the warps, of which every
+// 2^team_bits-th has the same row.
+template <Before kBefore, class F>
+__device__ inline void make_rows(const NormLinear& p, bf16* s_x, float* s_squares, int columns, int team_bits,
+                                 F between) {
+  constexpr bool kVector = kBefore != Before::any;
+  const bool adds = kVector ? kBefore == Before::add_norm : p.residual.data != nullptr;
+  const bool gated = kVector ? kBefore == Before::gated_norm : p.z.data != nullptr;
+  const bool normed = kVector ? kBefore != Before::nothing : p.norm.data != nullptr;
+  const bool rounds = adds && p.sum.dtype == DType::bf16;
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-  int teams = 1;  // a power of two; a team of as many warps as the others has a row
-  while (teams < p.b) teams *= 2;
-  const int row = warp % teams, apart = kThreads / teams * kPack;
-  int column = (warp / teams * 32 + lane) * kPack;
-  Values x, other, weight;  // other: of residual or z
+  // A team of warps has a row, if there are so many.
+  const int row = warp & ((1 << team_bits) - 1), apart = (kThreads >> team_bits) * kPack;
+  const int end = row < p.b ? columns : 0, k = row < p.b ? int(p.k) : 0;
+  int column = ((warp >> team_bits) * 32 + lane) * kPack;
+  Values x[kAtOnce], other[kAtOnce], weight[kAtOnce];  // other: of residual or z
   const auto load = [&] {
-    x = load_values<kVector>(p.x, row, column, p.k);
-    other = load_values<kVector>(p.residual.data ? p.residual : p.z, row, column, p.k);
-    weight = load_values<kVector>(p.norm, 0, column, p.k);
+#pragma unroll
+    for (int i = 0; i < kAtOnce; ++i) {
+      const int at = column + i * apart;
+      x[i] = load_values<kVector, false>(p.x, row, at, k);
+      if (adds) other[i] = load_values<kVector, true>(p.residual, row, at, k);
+      if (gated) other[i] = load_values<kVector, false>(p.z, row, at, k);
+      if (normed) weight[i] = load_values<kVector, true>(p.norm, 0, at, k);
+    }
   };
-  bool has_columns = row < p.b && column < columns;
-  if (has_columns) load();
-  between();
   float squares = 0;
-  while (has_columns) {
-    float v[kPack];
+  load();
+  between();
+  for (; column < end; column += kAtOnce * apart, load()) {
 #pragma unroll
-    for (int i = 0; i < kPack; ++i) {
-      v[i] = x.at(i);
-      if (p.residual.data) v[i] += other.at(i);
-      if (p.residual.data && p.sum.dtype != DType::f32) v[i] = to_real(from_real<bf16>(v[i]));
-    }
-    const auto store = [&]<class S>(S* sum) {
-      store_values(sum + row * p.k + column, 1, p.k - column, kVector, v);
-    };
-    if (p.sum.data && blockIdx.x == 0)
-      p.sum.dtype == DType::f32 ? store(static_cast<float*>(p.sum.data))
-                                : store(static_cast<bf16*>(p.sum.data));
+    for (int j = 0; j < kAtOnce; ++j) {
+      const int at = column + j * apart;
+      if (at >= end) continue;
+      float v[kPack];
 #pragma unroll
-    for (int i = 0; i < kPack; ++i) {
-      const float gate = p.z.data ? silu(other.at(i)) : 1;
-      if (!p.norm_before_gate) v[i] *= gate;
-      squares += v[i] * v[i];
-      if (p.norm.data) v[i] *= weight.at(i);
-      if (p.norm_before_gate) v[i] *= gate;
+      for (int i = 0; i < kPack; ++i) {
+        v[i] = x[j].at(i);
+        if (adds) v[i] += other[j].at(i);
+        if (rounds) v[i] = to_real(from_real<bf16>(v[i]));
+      }
+      if (adds && blockIdx.x == 0 && at < k) {
+        const int64_t to = row * p.k + at;
+        const int count = kVector ? kPack : k - at;
+        if (rounds)
+          store_values(static_cast<bf16*>(p.sum.data) + to, 1, count, kVector, v);
+        else
+          store_values(static_cast<float*>(p.sum.data) + to, 1, count, kVector, v);
+      }
+#pragma unroll
+      for (int i = 0; i < kPack; ++i) {
+        const float gate = gated ? silu(other[j].at(i)) : 1, gated_v = v[i] * gate,
+                    counts = p.norm_before_gate ? v[i] : gated_v;
+        squares += counts * counts;
+        v[i] = normed ? gated_v * weight[j].at(i) : gated_v;
+      }
+      reinterpret_cast<Pack<bf16, kPack>*>(s_x)[(row * pitch_of(columns) + at) / kPack] = to_pack<bf16>(v);
     }
-    *reinterpret_cast<Pack<bf16, kPack>*>(s_x + row * pitch_of(columns) + column) = to_pack<bf16>(v);
-    column += apart;
-    has_columns = column < columns;
-    if (has_columns) load();
   }
-  for (int i = 16; i > 0; i /= 2) squares += __shfl_xor_sync(kAllLanes, squares, i);
-  if (lane == 0) s_squares[warp] = squares;
-  return teams;
+  if (normed) {
+    for (int i = 16; i > 0; i /= 2) squares += __shfl_xor_sync(kAllLanes, squares, i);
+    if (lane == 0) s_squares[warp] = squares;
+  }
 }
 
-template <bool kVector>
+// ---- y
+
+// What an output takes beside its sum, as it is stored.
+struct Output {
+  uint32_t bias, conv_bias;
+  uint32_t weight[kConvMaxWidth], seen[kConvMaxWidth];  // the last ones, of w; seen: with the new one
+  bool in_conv;
+};
+
+__device__ inline Output load_output(const NormLinear& p, int64_t row, int64_t to) {
+  const NormLinear::Conv& conv = p.conv;
+  const int64_t c = to - conv.begin;
+  Output out = {.in_conv = conv.state.data && c >= 0 && c < conv.d};
+  out.bias = load_bits(p.bias, to * p.bias.stride[0]);
+  if (!out.in_conv) return out;
+  out.conv_bias = load_bits(conv.bias, c * conv.bias.stride[0]);
+#pragma unroll
+  for (int k = 0; k < kConvMaxWidth; ++k) {
+    const int i = k - (kConvMaxWidth - conv.w);
+    if (i < 0) continue;
+    out.weight[k] = load_bits(conv.weight, c * conv.weight.stride[0] + i * conv.weight.stride[1]);
+    if (k + 1 < kConvMaxWidth)
+      out.seen[k] = load_bits(
+          conv.state, row * conv.state.stride[0] + c * conv.state.stride[1] + i * conv.state.stride[2]);
+  }
+  return out;
+}
+
+__device__ inline void store_output(const NormLinear& p, int64_t row, int64_t to, Output out, float y) {
+  y += from_bits(out.bias, p.bias.dtype);
+  if (out.in_conv) {
+    const NormLinear::Conv& conv = p.conv;
+    bf16* const state = static_cast<bf16*>(conv.state.data) + row * conv.state.stride[0] +
+                        (to - conv.begin) * conv.state.stride[1];
+    out.seen[kConvMaxWidth - 1] = from_real<bf16>(y).bits;
+    float sum = from_bits(out.conv_bias, conv.bias.dtype);
+#pragma unroll
+    for (int k = 0; k < kConvMaxWidth; ++k) {
+      sum += from_bits(out.weight[k], conv.weight.dtype) * from_bits(out.seen[k], DType::bf16);
+      const int i = k - (kConvMaxWidth - conv.w);
+      if (i >= 0 && k + 1 < kConvMaxWidth) state[i * conv.state.stride[2]] = {uint16_t(out.seen[k + 1])};
+    }
+    y = silu(sum);
+  }
+  static_cast<bf16*>(p.y.data)[row * p.n + to] = from_real<bf16>(y);
+}
+
+// ---- The L2 cache
+
+// The pieces of a block, in equal parts.
+class PrefetchParts {
+ public:
+  __device__ PrefetchParts(const Prefetch& memory, const Shape& shape) : part_(shape.part) {
+    const int64_t begin = min(memory.bytes, blockIdx.x * (shape.pieces * kPrefetchPiece));
+    data_ = memory.data + begin;
+    bytes_ = int(min(memory.bytes - begin, shape.pieces * kPrefetchPiece));
+  }
+  // Asks for the next part. Every thread calls it.
+  __device__ void operator()() {
+    const int piece = threadIdx.x / 32;
+#pragma unroll 1
+    for (int i = piece; i < part_ && i * kPrefetchPiece < bytes_; i += kWarps)
+      prefetch_piece(data_ + i * kPrefetchPiece, min(int(kPrefetchPiece), bytes_ - i * int(kPrefetchPiece)),
+                     threadIdx.x % 32);
+    data_ += part_ * kPrefetchPiece;
+    bytes_ -= part_ * int(kPrefetchPiece);
+  }
+
+ private:
+  const char* data_;
+  int bytes_, part_;  // of the block, of one call in pieces
+};
+
+// ---- The kernel
+
+template <Before kBefore>
 __global__ void __launch_bounds__(kThreads, 1) norm_linear(const NormLinear p, const Shape shape) {
+  constexpr bool kVector = kBefore != Before::any;
   extern __shared__ uint4 s_memory[];
   __shared__ float s_squares[kWarps], s_factor[kMaxRows];
   const int columns = shape.columns, pitch = pitch_of(columns);
   auto* const s_slots = reinterpret_cast<Pack<bf16, kPack>*>(s_memory) + threadIdx.x;
-  bf16* const s_x = reinterpret_cast<bf16*>(s_memory + kAhead * kThreads);
-  float* const s_sums = reinterpret_cast<float*>(s_x + p.b * pitch);
-  const int warp = threadIdx.x / 32, row = threadIdx.x % 32 / 4, part = threadIdx.x % 4;
-  const int64_t begin = blockIdx.x * shape.tiles / gridDim.x,
-                end = (blockIdx.x + 1) * shape.tiles / gridDim.x;
+  float* const s_sums = reinterpret_cast<float*>(s_memory + kAhead * kThreads);
+  bf16* const s_x = reinterpret_cast<bf16*>(s_sums + kSums);
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, block = blockIdx.x;
+  const int tiles = shape.tiles + (block < shape.more);
+  const int64_t first_tile = int64_t(block) * shape.tiles + min(block, shape.more);
+  // The warp's first chunk, from the beginning of the block's first tile: chunk i of W is of warp i % kWarps.
+  const int first_column = (kSpan + warp * kStep - int(first_tile * columns % kSpan)) % kSpan;
 
   // The next step's copy, into the given slot.
-  const int first_column = warp * kStep + part * kPack;
-  const bf16* const weight = static_cast<const bf16*>(p.weight.data);
-  const bf16* next = weight + (begin * kTile + row) * p.weight.stride[0] + first_column * p.weight.stride[1];
-  const int64_t to_next_step = kSpan * p.weight.stride[1],
-                to_next_tile = kTile * p.weight.stride[0] - columns * p.weight.stride[1];
-  int next_column = first_column, rows_left = int(min(end * kTile, p.n) - begin * kTile) - row;
+  int next_column = first_column + lane % 8 * kPack,
+      rows_left = int(min(int64_t(tiles) * kTile, p.n - first_tile * kTile)) - lane / 8;
+  const int64_t stride = kVector ? 1 : p.weight.stride[1], to_next_step = kSpan * stride,
+                to_next_tile = kTile * p.weight.stride[0] - columns * stride;
+  const bf16* next = static_cast<const bf16*>(p.weight.data) +
+                     (first_tile * kTile + lane / 8) * p.weight.stride[0] + next_column * stride;
   const auto copy_next = [&](int slot) {
-    const bool inside = rows_left > 0 && next_column < p.k;
-    if constexpr (kVector) {
-      copy_async(s_slots + slot * kThreads, inside ? next : weight, inside ? 16 : 0);
-      commit_copies();
-    } else {
-      s_slots[slot * kThreads] =
-          load_pack<kPack>(next, p.weight.stride[1], inside ? p.k - next_column : 0, false);
-    }
-    next_column += kSpan;
-    next += to_next_step;
-    if (next_column >= columns) {
-      next_column = first_column;
+    while (next_column >= columns) {
+      next_column -= columns;
       next += to_next_tile;
       rows_left -= kTile;
     }
+    const bool inside = rows_left > 0 && next_column < p.k;  // else nothing is read
+    if constexpr (kVector) {
+      copy_async(s_slots + slot * kThreads, next, inside ? 16 : 0);
+      commit_copies();
+    } else {
+      s_slots[slot * kThreads] = load_pack<kPack>(next, stride, inside ? p.k - next_column : 0, false);
+    }
+    next_column += kSpan;
+    next += to_next_step;
   };
-  const int teams = make_rows<kVector>(p, s_x, s_squares, columns, [&] {
+  PrefetchParts prefetch(p.prefetch, shape);
+  const int asks_from = max(0, tiles - shape.ahead);
+  make_rows<kBefore>(p, s_x, s_squares, columns, shape.team_bits, [&] {
+#pragma unroll
     for (int slot = 0; slot < kAhead; ++slot) copy_next(slot);
+    if (asks_from == 0) prefetch();
   });
   __syncthreads();
   if (threadIdx.x < p.b) {
     float sum = 0;
-    for (int i = threadIdx.x; i < kWarps; i += teams) sum += s_squares[i];
-    s_factor[threadIdx.x] = p.norm.data ? 1 / sqrtf(sum / float(p.k) + float(p.eps)) : 1;
+    for (int i = threadIdx.x; i < kWarps; i += 1 << shape.team_bits) sum += s_squares[i];
+    s_factor[threadIdx.x] = p.norm.data ? rsqrtf(sum * shape.mean + shape.eps) : 1;
   }
 
-  const bool has_x = row < p.b;
-  const bf16* const my_x = s_x + row * pitch + first_column;
-  int slot = 0;
-  for (int64_t tile = begin; tile < end; ++tile) {
+  // This thread's rows of x and of a tile: in products; and as outputs, of tile `warp` of a group.
+  const int row = lane / 4, part = lane % 4;
+  const bf16* const my_x = s_x + (row < p.b ? row : 0) * pitch + part * kPack;
+  Output out = {};
+  int slot = 0, column = first_column;
+  for (int tile = 0; tile < tiles; ++tile, column -= columns) {
+    const int at = tile % (2 * kGroup), in_group = tile % kGroup;
+    const int64_t to = (first_tile + tile - in_group + warp) * kTile + part;
+    const bool has_output = warp < kGroup && row < p.b && to < p.n;
+    if (in_group == 0 && has_output && tile + warp < tiles) out = load_output(p, row, to);
+    if (tile + 1 >= asks_from && tile + 1 < tiles) prefetch();
     float c[2][4] = {};
-    for (int column = 0; column < columns; column += kSpan) {
+    for (; column < columns; column += kSpan) {
       wait_for_copies<kAhead - 1>();
       const Pack<bf16, kPack> w = s_slots[slot * kThreads];
-      Pack<bf16, kPack> x = {};
-      if (has_x) x = *reinterpret_cast<const Pack<bf16, kPack>*>(my_x + column);
-      mma(c[0], x.word[0], x.word[1], w.word[0], w.word[1]);
-      mma(c[1], x.word[2], x.word[3], w.word[2], w.word[3]);
+      const auto first = *reinterpret_cast<const Pack<bf16, kPack>*>(my_x + column),
+                 second = *reinterpret_cast<const Pack<bf16, kPack>*>(my_x + column + kStep / 2);
+#pragma unroll
+      for (int i = 0; i < 2; ++i)
+        mma_halves<bf16>(
+            c[i], {first.word[2 * i], second.word[2 * i], first.word[2 * i + 1], second.word[2 * i + 1]},
+            w.word[2 * i], w.word[2 * i + 1]);
       copy_next(slot);
       if (++slot == kAhead) slot = 0;
     }
-    // c: row `row` of x', rows 2 part, 2 part + 1 of the tile
-    const int at = int(tile - begin) % (2 * kGroup), sums = int(p.b) * kTile;
-    if (has_x)
-      *reinterpret_cast<float2*>(s_sums + (at * kWarps + warp) * sums + row * kTile + 2 * part) =
-          make_float2(c[0][0] + c[1][0], c[0][1] + c[1][1]);
-    if (at % kGroup < kGroup - 1 && tile + 1 < end) continue;
+    s_sums[(at * kWarps + warp) * 32 + lane] = (c[0][0] + c[0][3]) + (c[1][0] + c[1][3]);
+    if (in_group < kGroup - 1 && tile + 1 < tiles) continue;
     __syncthreads();  // the other half of s_sums is free again when the next group has come here
-    const int mine = threadIdx.x / sums, value = threadIdx.x % sums;  // of the group's tiles; of its sums
-    const int64_t to_row = (tile - at % kGroup + mine) * kTile + value % kTile;
-    if (mine > at % kGroup || to_row >= p.n) continue;
-    const float* from = s_sums + ((at / kGroup * kGroup + mine) * kWarps) * sums + value;
+    if (warp > in_group || !has_output) continue;
+    const float* from = s_sums + (at - in_group + warp) * kWarps * 32 + lane;
     float sum = 0;
-    for (int i = 0; i < kWarps; ++i) sum += from[i * sums];
-    sum *= s_factor[value / kTile];
-    if (p.bias.data) sum += load_one<float>(p.bias, to_row * p.bias.stride[0]);
-    static_cast<bf16*>(p.y.data)[value / kTile * p.n + to_row] = from_real<bf16>(sum);
+#pragma unroll
+    for (int i = 0; i < kWarps; ++i) sum += from[i * 32];
+    store_output(p, row, to, out, sum * s_factor[row]);
   }
 }
 
 // The rows [begin, begin + b) of the call.
 NormLinear rows_of(NormLinear p, int64_t begin, int64_t b) {
+  if (begin + b < p.b) p.prefetch.bytes = 0;
   p.b = b;
-  for (View* v : {&p.x, &p.residual, &p.z, &p.sum, &p.y})
+  for (View* v : {&p.x, &p.residual, &p.z, &p.sum, &p.y, &p.conv.state})
     if (v->data)
       v->data = static_cast<char*>(v->data) + begin * v->stride[0] * (v->dtype == DType::f32 ? 4 : 2);
   return p;
@@ -218,20 +354,35 @@ NormLinear rows_of(NormLinear p, int64_t begin, int64_t b) {
 const char* norm_linear_cuda(const NormLinear& p, void* cuda_stream) {
   using namespace gpu;
   if (p.b * p.n == 0) return nullptr;
-  const Shape shape = {(p.n + kTile - 1) / kTile, int((p.k + kSpan - 1) / kSpan * kSpan)};
-  const int64_t slot_bytes = kAhead * kThreads * 16, static_bytes = 1024,
-                row_bytes = pitch_of(shape.columns) * 2 + 2 * kGroup * kWarps * kTile * 4;
-  const int64_t rows = std::min<int64_t>(kMaxRows, (shared_bytes() - static_bytes - slot_bytes) / row_bytes);
+  const int64_t tiles = (p.n + kTile - 1) / kTile, blocks = std::min(multiprocessors(), tiles);
+  Shape shape = {.tiles = int(tiles / blocks),
+                 .more = int(tiles % blocks),
+                 .columns = int(std::max<int64_t>((p.k + kStep - 1) / kStep, 1) * kStep),
+                 .mean = 1 / float(p.k),
+                 .eps = float(p.eps)};
+  // In as many of the last tiles as there are still to come when the last copies have been asked for, or so.
+  shape.ahead = p.prefetch_first ? shape.tiles + 1 : (kAhead * kSpan + shape.columns - 1) / shape.columns;
+  shape.pieces = int((p.prefetch.bytes + kPrefetchPiece * blocks - 1) / (kPrefetchPiece * blocks));
+  const int parts = std::min(shape.ahead, shape.tiles);
+  shape.part = (shape.pieces + parts - 1) / parts;
+  const int64_t fixed_bytes = kAhead * kThreads * 16 + kSums * 4, static_bytes = 1024,
+                row_bytes = pitch_of(shape.columns) * 2;
+  const int64_t rows = std::min<int64_t>(kMaxRows, (shared_bytes() - static_bytes - fixed_bytes) / row_bytes);
   if (rows < 1) return "a row does not fit into shared memory";
+  while (1 << shape.team_bits < std::min(rows, p.b)) ++shape.team_bits;
   bool vector = p.k % kPack == 0 && packs_align(p.weight, 1, {p.n}, kPack);
   for (const View* v : {&p.x, &p.residual, &p.z, &p.sum, &p.norm})
     vector = vector && (!v->data || packs_align(*v, 1, {p.b}, kPack));
-  const auto kernel = vector ? norm_linear<true> : norm_linear<false>;
-  const int shared = int(slot_bytes + std::min(rows, p.b) * row_bytes);
+  const auto kernel = !vector           ? norm_linear<Before::any>
+                      : p.residual.data ? norm_linear<Before::add_norm>
+                      : p.z.data        ? norm_linear<Before::gated_norm>
+                      : p.norm.data     ? norm_linear<Before::norm>
+                                        : norm_linear<Before::nothing>;
+  const int shared = int(fixed_bytes + std::min(rows, p.b) * row_bytes);
   cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared);
   for (int64_t begin = 0; begin < p.b; begin += rows)
-    kernel<<<unsigned(std::min(multiprocessors(), shape.tiles)), kThreads, shared,
-             static_cast<cudaStream_t>(cuda_stream)>>>(rows_of(p, begin, std::min(rows, p.b - begin)), shape);
+    kernel<<<unsigned(blocks), kThreads, shared, static_cast<cudaStream_t>(cuda_stream)>>>(
+        rows_of(p, begin, std::min(rows, p.b - begin)), shape);
   return launch_error();
 }
 

@@ -17,11 +17,12 @@ __device__ inline int64_t find_row(const IndexView& index, int64_t row, int64_t 
 }
 
 // update(i, row of the state) or, where batch row i has none, fill(i, value of its y), for the batch rows of
-// a block. Rows that share a state take their turns in order: whoever has the first of them takes them all.
+// a block, which are in z of the grid. Rows that share a state take their turns in order: whoever has the
+// first of them takes them all.
 template <class Update, class Fill>
 __device__ inline void for_rows(const DeviceRows& rows, int64_t b, Update update, Fill fill) {
   const IndexView& index = rows.index;
-  for (int64_t i = blockIdx.y; i < b; i += gridDim.y) {
+  for (int64_t i = blockIdx.z; i < b; i += gridDim.z) {
     const int64_t row = index.data ? index_at(index, i * index.stride[0]) : i;
     if (row < 0 || row >= rows.states) {
       fill(i, row < 0 ? 0.f : NAN);

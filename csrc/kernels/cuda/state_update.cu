@@ -17,6 +17,8 @@
 #include <algorithm>
 #include <climits>
 
+#include "kernels/cuda/bits.cuh"
+#include "kernels/cuda/prefetch.cuh"
 #include "kernels/cuda/state_rows.cuh"
 #include "kernels/state_update.h"
 
@@ -38,6 +40,7 @@ struct Update {
   View A;            // (h, p, n)
   View dt_bias, D;   // (h, p)
   View B, C;         // (b, t, g, n)
+  Prefetch prefetch;
 };
 
 Update as_update(const ScanUpdate& s) {
@@ -75,7 +78,8 @@ Update as_update(const ScanUpdate& s) {
           .dt_bias = each(s.delta_bias),
           .D = each(s.D),
           .B = groups(s.B),
-          .C = groups(s.C)};
+          .C = groups(s.C),
+          .prefetch = {}};
 }
 
 Update as_update(const SsdUpdate& s) {
@@ -104,7 +108,8 @@ Update as_update(const SsdUpdate& s) {
           .dt_bias = by_head(s.dt_bias, 1),
           .D = s.D,
           .B = s.B,
-          .C = s.C};
+          .C = s.C,
+          .prefetch = s.prefetch};
 }
 
 __device__ inline int64_t offset(const View& v, int64_t i, int64_t j, int64_t k, int64_t l) {
@@ -123,27 +128,28 @@ __device__ inline R rate_of(const Update& p, R A) {
   return p.A_is_log ? -exp(A) : A;
 }
 
+// For the end of a kernel: its last blocks ask for all of it. What others asked for, their states would drive
+// out of the cache again.
+__device__ inline void prefetch_at_end(const Prefetch& memory) {
+  constexpr int64_t kBlocks = 1024;
+  if (memory.bytes == 0) return;
+  const int64_t blocks = int64_t(gridDim.x) * gridDim.y * gridDim.z, last = min(blocks, kBlocks),
+                mine =
+                    (int64_t(blockIdx.z) * gridDim.y + blockIdx.y) * gridDim.x + blockIdx.x - (blocks - last);
+  const int warps = blockDim.x / 32, warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+  if (mine < 0) return;
+#pragma unroll 1
+  for (int64_t at = (mine * warps + warp) * kPrefetchPiece; at < memory.bytes;
+       at += last * warps * kPrefetchPiece)
+    prefetch_piece(memory.data + at, int(min(kPrefetchPiece, memory.bytes - at)), lane);
+}
+
 // ---- Packs of 16 bytes
 
 struct Teams {
-  int lane_bits;             // log2 of the threads of a team
-  int rows;                  // of a block
-  unsigned blocks_per_head;  // in x; batch rows in y
+  int lane_bits;  // log2 of the threads of a team
+  int rows;       // of a block
 };
-
-// The bits of a row's parameter in 16 or 32 bits, 0 where it is absent: nothing waits for the load before the
-// number is made of them.
-__device__ inline uint32_t load_bits(const View& v, int64_t head, int64_t row) {
-  if (!v.data) return 0;
-  const int64_t at = head * v.stride[0] + row * v.stride[1];
-  return v.dtype == DType::f32 ? static_cast<const uint32_t*>(v.data)[at]
-                               : static_cast<const uint16_t*>(v.data)[at];
-}
-__device__ inline float from_bits(uint32_t bits, DType dtype) {
-  return dtype == DType::f32    ? __uint_as_float(bits)
-         : dtype == DType::bf16 ? to_real(bf16{uint16_t(bits)})
-                                : to_real(f16{uint16_t(bits)});
-}
 
 // T: of the inputs, S: of the state. kOneDecay: A is the same for all states of a row. kOneToken: t = 1, and
 // the new states need no registers.
@@ -155,8 +161,8 @@ __global__ void __launch_bounds__(kThreads, !kOneToken  ? 4
   constexpr int kPack = 16 / sizeof(S), kRows = kPacksOfThread / kPacks;
   __shared__ float2 s_step[kThreads];  // of each row: dt x, and its decay (or dt)
   __shared__ float s_out[kThreads];
-  const unsigned head = blockIdx.x / teams.blocks_per_head;
-  const int64_t block_row = int64_t(blockIdx.x - head * teams.blocks_per_head) * teams.rows;
+  const unsigned head = blockIdx.y;
+  const int64_t block_row = int64_t(blockIdx.x) * teams.rows;
   const int rows_here = int(p.p - block_row < teams.rows ? p.p - block_row : teams.rows);
   // In the recurrence: rows team, team + apart, ... of the block, columns of each pack k.
   const int lanes = 1 << teams.lane_bits, lane = threadIdx.x & (lanes - 1);
@@ -166,17 +172,30 @@ __global__ void __launch_bounds__(kThreads, !kOneToken  ? 4
   // Before and after it: one row a thread.
   const bool owner = int(threadIdx.x) < rows_here;
   const int64_t own_row = block_row + threadIdx.x;
-  const int64_t group_B = head / unsigned(p.heads_per_B), group_C = head / unsigned(p.heads_per_C);
+  const auto group_of = [&](int64_t heads) { return heads == p.h ? 0 : head / unsigned(heads); };
+  const int64_t group_B = group_of(p.heads_per_B), group_C = group_of(p.heads_per_C);
   uint32_t bias_bits = 0, A_bits = 0, D_bits = 0;
   if (owner) {
-    bias_bits = load_bits(p.dt_bias, head, own_row);
-    if (kOneDecay) A_bits = load_bits(p.A, head, own_row);
-    D_bits = load_bits(p.D, head, own_row);
+    const auto bits = [&](const View& v) { return load_bits(v, head * v.stride[0] + own_row * v.stride[1]); };
+    bias_bits = bits(p.dt_bias);
+    if (kOneDecay) A_bits = bits(p.A);
+    D_bits = bits(p.D);
   }
 
   const auto update = [&](int64_t b, int64_t state_row) {
     S* const states =
         static_cast<S*>(p.state.data) + offset(p.state, state_row, head, block_row + team, lane * kPack);
+    T x, dt, z;  // of the token, asked for before the states, behind which they would wait
+    const auto ask = [&](int64_t t) {
+      const auto value = [&](const View& v) {
+        return static_cast<const T*>(v.data)[offset(v, b, t, head, own_row)];
+      };
+      if (!owner || t >= p.t) return;
+      x = value(p.x);
+      dt = value(p.dt);
+      if (p.z.data) z = value(p.z);
+    };
+    ask(0);
     const auto stored = [&](int r, int k) {
       return reinterpret_cast<Pack<S, kPack>*>(states + r * apart * p.state.stride[2] + k * lanes * kPack);
     };
@@ -201,16 +220,14 @@ __global__ void __launch_bounds__(kThreads, !kOneToken  ? 4
         }
       float skip = 0, gate = 1;
       if (owner) {
-        const auto value = [&](const View& v) {
-          return to_real(static_cast<const T*>(v.data)[offset(v, b, t, head, own_row)]);
-        };
-        const float x = value(p.x), raw_dt = value(p.dt);
-        if (p.z.data) gate = silu(value(p.z));
-        const float dt = step_size(p, raw_dt, from_bits(bias_bits, p.dt_bias.dtype));
+        const float x_now = to_real(x),
+                    step = step_size(p, to_real(dt), from_bits(bias_bits, p.dt_bias.dtype));
+        if (p.z.data) gate = silu(to_real(z));
         const float A = rate_of(p, from_bits(A_bits, p.A.dtype));
-        s_step[threadIdx.x] = {dt * x, kOneDecay ? expf(dt * A) : dt};
-        if (p.D.data) skip = from_bits(D_bits, p.D.dtype) * x;
+        s_step[threadIdx.x] = {step * x_now, kOneDecay ? expf(step * A) : step};
+        if (p.D.data) skip = from_bits(D_bits, p.D.dtype) * x_now;
       }
+      if (!kOneToken) ask(t + 1);
       __syncthreads();
       float out[kRows] = {};
 #pragma unroll
@@ -256,6 +273,7 @@ __global__ void __launch_bounds__(kThreads, !kOneToken  ? 4
       static_cast<T*>(p.y.data)[offset(p.y, b, t, head, own_row)] = from_real<T>(value);
   };
   for_rows(rows, p.b, update, fill);
+  prefetch_at_end(p.prefetch);
 }
 
 // ---- Anything else
@@ -313,18 +331,21 @@ __global__ void __launch_bounds__(kThreads) update_any(const Update p, const Dev
     for (int64_t t = lane; t < p.t; t += 32) store_one(p.y, offset(p.y, b, t, head, row), value);
   };
   for_rows(rows, p.b, update, fill);
+  prefetch_at_end(p.prefetch);
 }
 
 // ---- Launches
 
-dim3 grid(int64_t blocks, const Update& p) {
-  return {unsigned(blocks), unsigned(std::min<int64_t>(p.b, 65535))};
+constexpr int64_t kMaxGrid = 65535;  // in y and z
+
+dim3 grid(int64_t blocks, int64_t heads, const Update& p) {
+  return {unsigned(blocks), unsigned(heads), unsigned(std::min(p.b, kMaxGrid))};
 }
 
 template <class S>
 bool packs_fit(const Update& p, const DeviceRows& rows) {
   constexpr int kPack = 16 / sizeof(S);
-  return !p.complex && p.n % kPack == 0 && p.n <= 32 * 2 * kPack &&
+  return !p.complex && p.h <= kMaxGrid && p.n % kPack == 0 && p.n <= 32 * 2 * kPack &&
          packs_align(p.state, 3, {rows.states, p.h, p.p}, kPack) &&
          packs_align(p.B, 3, {p.b, p.t, p.h / p.heads_per_B}, kPack) &&
          packs_align(p.C, 3, {p.b, p.t, p.h / p.heads_per_C}, kPack) &&
@@ -338,9 +359,8 @@ const char* launch_packs(const Update& p, const DeviceRows& rows, cudaStream_t s
   Teams teams{.lane_bits = 2};  // a block has a thread for each of its rows
   while (packs * kPack << teams.lane_bits < p.n) ++teams.lane_bits;
   teams.rows = (kThreads >> teams.lane_bits) * (kPacksOfThread / packs);
-  const int64_t blocks_per_head = (p.p + teams.rows - 1) / teams.rows, blocks = p.h * blocks_per_head;
+  const int64_t blocks = (p.p + teams.rows - 1) / teams.rows;
   if (blocks > INT_MAX) return "more rows than one launch may have";
-  teams.blocks_per_head = unsigned(blocks_per_head);
   const bool one_decay = p.A.stride[2] == 0;
   const auto kernel_of = [&]<int kPacks>() {
     return one_decay
@@ -349,7 +369,7 @@ const char* launch_packs(const Update& p, const DeviceRows& rows, cudaStream_t s
                            : update_packs<T, S, false, false, kPacks>);
   };
   const auto kernel = packs == 1 ? kernel_of.template operator()<1>() : kernel_of.template operator()<2>();
-  kernel<<<grid(blocks, p), kThreads, 0, stream>>>(p, teams, rows);
+  kernel<<<grid(blocks, p.h, p), kThreads, 0, stream>>>(p, teams, rows);
   return launch_error();
 }
 
@@ -360,7 +380,7 @@ const char* launch_any(const Update& p, const DeviceRows& rows, cudaStream_t str
   const int64_t blocks = (p.h * p.p + warps - 1) / warps;
   if (blocks > INT_MAX) return "more rows than one launch may have";
   const auto kernel = p.complex ? update_any<R, true> : update_any<R, false>;
-  kernel<<<grid(blocks, p), unsigned(32 * warps), size_t(warps * bytes), stream>>>(p, rows);
+  kernel<<<grid(blocks, 1, p), unsigned(32 * warps), size_t(warps * bytes), stream>>>(p, rows);
   return launch_error();
 }
 
