@@ -25,7 +25,7 @@ struct NormFwd {
 };
 
 struct NormBwd {
-  NormFwd fwd;      // y is absent
+  NormFwd fwd;      // y, the rows as the forward gives them, is written where it is there
   View dy, dx, dz;  // (lead, d)
   View dweight;     // (d)
   void* partial;    // (units, d / group, padded group) in the arithmetic type: sums of dweight

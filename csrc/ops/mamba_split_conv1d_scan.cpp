@@ -257,8 +257,7 @@ mamba_split_conv1d_scan_bwd(OptTensor dout, OptTensor dconv_state, OptTensor dfi
     const Tensor y = rmsnorm_weight ? layer.tokens(d) : *gated;
     parts::ssd_fwd(scan, false, layer.by_heads(y));
     if (rmsnorm_weight) {
-      if (weight) parts::rms_norm_gated_fwd(layer.norm(y), gated);
-      const auto norm_grads = parts::rms_norm_gated_bwd(layer.norm(y), dy, {.z = grads.z});
+      const auto norm_grads = parts::rms_norm_gated_bwd(layer.norm(y), dy, {.z = grads.z}, gated);
       drmsnorm_weight = norm_grads.weight;
       dy = *norm_grads.x;
     }

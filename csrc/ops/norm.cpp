@@ -170,7 +170,8 @@ Tensor parts::rms_norm_gated_fwd(const NormInputs& in, OptTensor y) {
   return *y;
 }
 
-parts::NormGrads parts::rms_norm_gated_bwd(const NormInputs& in, const Tensor& dy, NormGrads where) {
+parts::NormGrads parts::rms_norm_gated_bwd(const NormInputs& in, const Tensor& dy, NormGrads where,
+                                           OptTensor y) {
   const Checker check("rms_norm_gated backward", in.x);
   check_norm(check, in);
   check_like_x(check, "dy", dy, in.x);
@@ -182,6 +183,7 @@ parts::NormGrads parts::rms_norm_gated_bwd(const NormInputs& in, const Tensor& d
     inputs.push_back(*in.z);
     outputs.push_back(*where.z);
   }
+  if (y) outputs.push_back(*y);
   NormCall call(in, inputs, outputs);
   NormBwd params{.fwd = call.params,
                  .dy = call.views[1],
@@ -191,6 +193,7 @@ parts::NormGrads parts::rms_norm_gated_bwd(const NormInputs& in, const Tensor& d
                  .partial = nullptr};
   params.fwd.x = call.views[0];
   if (in.z) params.fwd.z = call.views[2];
+  if (y) params.fwd.y = call.views.back();
   const ScalarType type = bwd_arithmetic(in.x, in.group_size);
   check.cuda() ? backward_cuda(check, params, type, in.x) : backward_cpu(params, type, in.x);
   return where;

@@ -56,7 +56,8 @@ struct NormGrads {
   OptTensor x, weight, z;
 };
 Tensor rms_norm_gated_fwd(const NormInputs& in, OptTensor y = {});
-NormGrads rms_norm_gated_bwd(const NormInputs& in, const Tensor& dy, NormGrads where = {});
+// y: also gets the forward's result.
+NormGrads rms_norm_gated_bwd(const NormInputs& in, const Tensor& dy, NormGrads where = {}, OptTensor y = {});
 
 // For the results of an operator: what came of an argument, `like` it unless it is there, or 0 elements.
 inline void allocate(OptTensor& where, const OptTensor& like) {

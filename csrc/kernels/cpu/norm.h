@@ -141,12 +141,15 @@ void rms_norm_gated_bwd(const NormBwd& p, int64_t unit_begin, int64_t unit_end, 
           const Vec<R> v = before ? xj : xj * gate, gn = before ? gj * gate : gj;
           const Vec<R> gv = gn * wj * r - v * c;
           store<R>(gw + j, load<R>(gw + j) + gn * (v * r));
+          const Vec<R> normed = v * r * wj;
           store<R>(xi + j, before ? gv : gv * gate);
-          if (gated) store<R>(zi + j, before ? gj * (v * r * wj) * slope : gv * xj * slope);
+          if (gated) store<R>(zi + j, before ? gj * normed * slope : gv * xj * slope);
+          if (p.fwd.y) store<R>(si + j, before ? normed * gate : normed);
         }
       }
       tile.store(p.dx, dims.group, x);
       if (gated) tile.store(p.dz, dims.group, z);
+      if (p.fwd.y) tile.store(p.fwd.y, dims.group, sig);
     });
   }
 }

@@ -3,6 +3,7 @@
 //   gn = gy, or gy silu(z) where the norm comes before the gate;  q = gn w;  x^ = v r
 //   gv = r (q - v r^2 mean(q v));  gw = sum_rows gn x^
 //   after the gate:  gx = gv silu(z), gz = gv x silu'(z);   before it:  gx = gv, gz = gy x^ w silu'(z)
+//   and y, the forward's result, for whoever needs it again
 //
 // A team of threads owns one group in the rows of a unit (see norm.cuh): it reads a row once and meets for
 // the sums of v^2 and q v, so that r is computed again, not saved. A thread keeps its part of gw over the
@@ -62,7 +63,8 @@ struct NormArrivals {
 template <class T, class R, Gate kGate>
 __global__ void __maxnreg__(kGate != Gate::any ? 96 : 128)
     norm_bwd(const NormBwd p, const NormCut cut, const NormRows<T> x, const NormRows<T> z,
-             const NormRows<T> dy, const NormRows<T> dx, const NormRows<T> dz, const bool weight_vector) {
+             const NormRows<T> dy, const NormRows<T> dx, const NormRows<T> dz, const NormRows<T> y,
+             const bool weight_vector) {
   constexpr bool kPlain = kGate != Gate::any;
   constexpr int kPack = NormRows<T>::kPack, kPacks = kNormValues<R> / kPack;
   using Packs = NormPacks<T, kPacks, kPlain>;
@@ -180,6 +182,20 @@ __global__ void __maxnreg__(kGate != Gate::any ? 96 : 128)
         packs.store(to_x, dx, k, gx);
         if (gated) packs.store(to_z, dz, k, gz);
       }
+      if (y.data) {
+        T* to_y = packs.row(y, dims, row);
+#pragma unroll
+        for (int k = 0; k < kPacks; ++k) {
+          load(packs, row, k);
+          Real<T> again[kPack];
+#pragma unroll
+          for (int i = 0; i < kPack; ++i) {
+            const R gate = gated ? silu(R(pack_z[k].at(i))) : R(1);
+            again[i] = R(pack_x[k].at(i)) * gate * (r * weight[k][i]);
+          }
+          packs.store(to_y, y, k, again);
+        }
+      }
     }
   }
   if (one_span)
@@ -214,15 +230,16 @@ const char* launch(const NormBwd& p, cudaStream_t stream) {
   const NormCut cut = norm_cut<R>(dims, kThreads, kPartial);
   if (cut.blocks > 0) {
     if (!cut.fits()) return "more groups than one launch may have";
-    const NormRows<T> x(p.fwd.x, dims), z(p.fwd.z, dims), dy(p.dy, dims), dx(p.dx, dims), dz(p.dz, dims);
+    const NormRows<T> x(p.fwd.x, dims), z(p.fwd.z, dims), dy(p.dy, dims), dx(p.dx, dims), dz(p.dz, dims),
+        y(p.fwd.y, dims);
     int shared = cut.threads * 16 * NormArrivals<T, kNormValues<R> / NormRows<T>::kPack>::kSlots;
     auto kernel = norm_bwd<T, R, Gate::any>;
     if constexpr (sizeof(R) < 8) {
       const auto plain = by_gate(p.fwd, [&]<Gate kGate>() { return norm_bwd<T, R, kGate>; });
-      if (norm_is_plain<T>(p.fwd, cut, {x, z, dy, dx, dz}) && may_share(plain, shared)) kernel = plain;
+      if (norm_is_plain<T>(p.fwd, cut, {x, z, dy, dx, dz, y}) && may_share(plain, shared)) kernel = plain;
     }
     if (kernel == norm_bwd<T, R, Gate::any>) shared = 0;
-    kernel<<<unsigned(cut.blocks), cut.threads, shared, stream>>>(p, cut, x, z, dy, dx, dz,
+    kernel<<<unsigned(cut.blocks), cut.threads, shared, stream>>>(p, cut, x, z, dy, dx, dz, y,
                                                                   weight_packs_align<T>(p.fwd));
     if (const char* error = launch_error()) return error;
   }
