@@ -9,7 +9,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import mamba_ops
-from mamba_ops import _C
+from mamba_ops import _C, reference
 from tests import cases
 from tests.cases import SSD_OPTIONS
 from tests.compare import check, evaluate
@@ -334,6 +334,28 @@ def test_a_long_call_equals_its_parts(device: str) -> None:
     for name, grad in zip(TOKENS, whole, strict=True):
         expected = torch.cat([part[name].grad for part in parts], 1)
         torch.testing.assert_close(grad, expected, rtol=1e-3, atol=1e-4 * expected.abs().max().item())
+
+
+def test_values_of_very_different_sizes(device: str) -> None:
+    """In float32 no channel, token or state drowns in the rounding of others."""
+    p, n = 33, 20
+    inputs = cases.ssd(1, 150, 2, p, n, options=("dt_softplus", "return_final_state"), device=device)
+    channels = 10 ** torch.linspace(-15, 15, p, device=device)
+    columns = 10 ** torch.linspace(-2, 2, n, device=device)
+    inputs["x"] = inputs["x"] * channels
+    inputs["B"] = inputs["B"] * columns
+    inputs["C"] = inputs["C"] / columns
+    inputs["B"][:, ::7] *= 1e4
+    inputs["C"][:, 1::5] *= 1e-12
+    double = {k: v.double() if torch.is_tensor(v) else v for k, v in inputs.items()}
+    for got, exact, sizes in zip(
+        mamba_ops.ssd(**inputs), reference.ssd(**double), (channels, channels[:, None] * columns), strict=True
+    ):
+        error, exact = (got - exact) / sizes, exact / sizes
+        for dim in range(exact.dim()):
+            others = [k for k in range(exact.dim()) if k != dim]
+            share = torch.linalg.vector_norm(error, dim=others) / torch.linalg.vector_norm(exact, dim=others)
+            assert share.max() < 1e-5
 
 
 @pytest.mark.parametrize("path", ["auto", "portable"])

@@ -1,5 +1,5 @@
-// Products of tiles in shared memory, for four types of factors: bfloat16, float16, float32 (each value split
-// into two of TF32, three products: float32 accuracy), float64. Sums in float32, or float64.
+// Products of tiles in shared memory, by types of factors: bfloat16, float16, float32 (each value split into
+// two of TF32, three products: float32 accuracy), float64. Sums in float32, or float64.
 //
 // A left factor is 16 rows x 16 terms, a right one 16 terms x 8 columns. Lane 4 r + q holds the terms
 // 2 q, 2 q + 1, 2 q + 8, 2 q + 9: of rows r and r + 8 on the left, of column r on the right; of a sum (16 x
