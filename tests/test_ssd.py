@@ -336,6 +336,32 @@ def test_a_long_call_equals_its_parts(device: str) -> None:
         torch.testing.assert_close(grad, expected, rtol=1e-3, atol=1e-4 * expected.abs().max().item())
 
 
+# What fits in 99 KB of shared memory a block: all but the backward of float64 with n over 128.
+SMALL = [(dtype, n) for dtype in DTYPES for n in (64, 128, 256) if (dtype, n) != (torch.float64, 256)]
+
+
+@pytest.mark.parametrize("pack", [None, "seq_idx"])
+@pytest.mark.parametrize(("dtype", "n"), SMALL)
+def test_little_shared_memory(device: str, dtype: torch.dtype, n: int, pack: str | None) -> None:
+    """Smaller tiles, as on GPUs like sm_86; a long call, whose sequence is cut in pieces."""
+    if device == "cpu":
+        pytest.skip("the tiles are of CUDA kernels")
+    _C.set_cuda_path("small")
+    options = {"options": SSD_OPTIONS, "pack": pack, "dtype": dtype, "device": device}
+    check(OPERATOR, cases.ssd(1, 150, 3, 64, n, **options))
+    check(OPERATOR, cases.ssd(1, 2100, 1, 16, n, **options), loss=())
+
+
+def test_what_little_shared_memory_refuses(device: str) -> None:
+    if device == "cpu":
+        pytest.skip("the tiles are of CUDA kernels")
+    _C.set_cuda_path("small")
+    inputs = cases.ssd(1, 70, 2, 16, 129, dtype=torch.float64, device=device)
+    check(OPERATOR, inputs, loss=())
+    with pytest.raises(RuntimeError, match="shared memory"):
+        evaluate(mamba_ops.ssd, inputs, ("y",))
+
+
 def test_values_of_very_different_sizes(device: str) -> None:
     """In float32 no channel, token or state drowns in the rounding of others."""
     p, n = 33, 20

@@ -14,12 +14,13 @@ struct FwdArgs {
   SsdPieces pieces;
 };
 
-// Sizes by the bytes of a factor and the width that holds n. kBlocks: of a multiprocessor.
+// Sizes by the bytes of a factor and the width that holds n; a block takes 99 KB of shared memory at most.
+// kBlocks: of a multiprocessor.
 template <int kBytes, int kN>
 struct FwdSizes;
 template <int N>
 struct FwdSizes<2, N> {
-  static constexpr int kQ = 64, kP = 64, kBlocks = N <= 128 ? 3 : 2;
+  static constexpr int kQ = N <= 128 ? 64 : 32, kP = 64, kBlocks = N <= 128 ? 3 : 2;
 };
 template <int N>
 struct FwdSizes<4, N> {
@@ -27,7 +28,7 @@ struct FwdSizes<4, N> {
 };
 template <int N>
 struct FwdSizes<8, N> {
-  static constexpr int kQ = N <= 128 ? 32 : 16, kP = 32, kBlocks = 1;
+  static constexpr int kQ = 16, kP = 32, kBlocks = 1;
 };
 
 template <class F, int kWidth>

@@ -96,8 +96,9 @@ __device__ inline int64_t place(const View& v, int64_t row, int64_t t, int64_t w
 
 // Tokens of a cell of the states that lie in memory, at most; a forward's are no longer.
 template <class F, int kN>
-inline constexpr int kCellTokens =
-    sizeof(typename F::Element) == 2 ? 64 : (kN <= 128 ? 64 : 32) / (sizeof(typename F::Element) / 4);
+inline constexpr int kCellTokens = sizeof(typename F::Element) == 8               ? 16
+                                   : sizeof(typename F::Element) == 4 && kN > 128 ? 32
+                                                                                  : 64;
 
 // Two neighbouring values of a row of which `left` are left.
 template <class F>
