@@ -165,6 +165,7 @@ Plan plan(const std::string& op, const std::string& device, const std::string& d
               .heads = 1,
               .softplus = true,
               .D_per_channel = false,
+              .tf32 = false,
               .dt_min = 0,
               .dt_max = INFINITY};
   if (device != "cpu") {

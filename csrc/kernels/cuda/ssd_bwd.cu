@@ -273,7 +273,7 @@ struct BwdLaunch {
 // f.template operator()<F, Sizes>() for the types and widths of a call, and what the GPU has.
 template <class Function>
 auto by_kernel(const SsdFwd& p, Function f) {
-  return by_factors(p.x.dtype, [&]<class F>() {
+  return by_factors(p, [&]<class F>() {
     return by_width(p.dims.n, [&]<int kN>() {
       constexpr int kBytes = sizeof(typename F::Element);
       using Large = BwdSizes<kBytes, kN, false>;

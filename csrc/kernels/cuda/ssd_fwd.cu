@@ -80,7 +80,7 @@ SsdPieces pieces_of(const SsdDims& dims) {
 // f.template operator()<F, kN>() for the types and widths of a call.
 template <class Function>
 auto by_kernel(const SsdFwd& p, Function f) {
-  return by_factors(p.x.dtype, [&]<class F>() {
+  return by_factors(p, [&]<class F>() {
     return by_width(p.dims.n, [&]<int kN>() { return f.template operator()<F, kN>(); });
   });
 }
@@ -139,7 +139,7 @@ const char* ssd_fwd_portable(const SsdFwd& p, const Sequences& seqs, int64_t sta
     return by_kernel(p, [&]<class F, int kN>() { return launch<F, kN>(p, seqs, states, workspace, stream); });
   const int64_t count = states * dims.h * dims.p * dims.n;
   if (!p.states_out || count == 0) return nullptr;
-  return by_factors(p.x.dtype, [&]<class F>() {
+  return by_factors(p, [&]<class F>() {
     using R = typename F::Real;
     pass_all_states<R><<<256, 256, 0, stream>>>(static_cast<const R*>(p.states_in),
                                                 static_cast<R*>(p.states_out), count, seqs);

@@ -141,7 +141,7 @@ struct SplitProducts : FwdBlock<F, kWidth> {
 #pragma unroll
       for (int m = k; m < k + kPiece; m += 16) {
         const SplitLeft left = split_left(tiles.C + pair_row * T::kLdC, T::kLdC, m);
-        multiply_split<true, false>(part, left, tiles.B + pair_column * T::kLdB, T::kLdB, m);
+        multiply_split<F::kExact, false>(part, left, tiles.B + pair_column * T::kLdB, T::kLdB, m);
       }
 #pragma unroll
       for (int i = 0; i < 8; ++i) sums[i / 4][i % 4] += part[i / 4][i % 4];
@@ -174,7 +174,7 @@ struct SplitProducts : FwdBlock<F, kWidth> {
       for (int m = k; m < k + kPiece; m += 16) {
         const float (&a)[4] = state[m / 8], (&b)[4] = state[m / 8 + 1];
         const SplitLeft left = split_left({{a[0], a[1], b[0], b[1]}, {a[2], a[3], b[2], b[3]}}, scales);
-        multiply_split<true, false>(part, left, tiles.C, T::kLdC, m);
+        multiply_split<F::kExact, false>(part, left, tiles.C, T::kLdC, m);
       }
 #pragma unroll
       for (int i = 0; i < kQ / 2; ++i)
@@ -199,7 +199,7 @@ struct SplitProducts : FwdBlock<F, kWidth> {
 #pragma unroll
       for (int tile = k / 8; tile < kQ / 8; tile += 2) {
         float part[2][4] = {};
-        multiply_split<true, false>(part, left, tiles.P + 8 * tile * T::kLdP, T::kLdP, k);
+        multiply_split<F::kExact, false>(part, left, tiles.P + 8 * tile * T::kLdP, T::kLdP, k);
 #pragma unroll
         for (int i = 0; i < 8; ++i) {
           const float from = tiles.from_P[k / 16][8 * (tile + i / 4) + lane % 4 * 2 + i % 2];
@@ -238,7 +238,7 @@ struct SplitProducts : FwdBlock<F, kWidth> {
       float part[4][4] = {};
 #pragma unroll
       for (int k = 0; k < 2; ++k)
-        multiply_split<true, true>(part, left[k], tiles.B + 16 * k * T::kLdB, T::kLdB, 8 * tile);
+        multiply_split<F::kExact, true>(part, left[k], tiles.B + 16 * k * T::kLdB, T::kLdB, 8 * tile);
 #pragma unroll
       for (int i = 0; i < 16; ++i) {
         float& sum = state[tile + i / 4][i % 4];

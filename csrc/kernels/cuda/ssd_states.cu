@@ -222,7 +222,7 @@ const char* launch(const StatesArgs& a, int directions, cudaStream_t stream) {
 const char* launch(const SsdBwd& p, const Sequences& seqs, const SsdPieces& pieces, int64_t first,
                    int64_t some, bool H, bool G, void* to_H, void* to_G, void* stream) {
   const SsdDims& dims = p.fwd.dims;
-  return by_factors(p.fwd.x.dtype, [&]<class F>() {
+  return by_factors(p.fwd, [&]<class F>() {
     const std::initializer_list<int64_t> tokens = {dims.b, dims.l, dims.h, dims.p};
     const StatesArgs a{.fwd = p.fwd,
                        .seqs = seqs,
