@@ -32,9 +32,11 @@ std::string cpu_isa() { return cpu().name; }
 std::vector<std::string> runnable_cpu_isas() { return cpu_isas(); }
 void force_cpu_isa(const std::string& name) { set_cpu_isa(name); }
 void force_cuda_path(const std::string& name) {
-  if (name != "auto" && name != "portable")
-    throw std::invalid_argument("set_cuda_path: name must be 'auto' or 'portable', got '" + name + "'");
-  portable_only = name == "portable";
+  if (name != "auto" && name != "portable" && name != "small")
+    throw std::invalid_argument("set_cuda_path: name must be 'auto', 'portable' or 'small', got '" + name +
+                                "'");
+  portable_only = name != "auto";
+  little_shared_memory = name == "small";
 }
 
 namespace {
@@ -163,6 +165,7 @@ Plan plan(const std::string& op, const std::string& device, const std::string& d
               .heads = 1,
               .softplus = true,
               .D_per_channel = false,
+              .tf32 = false,
               .dt_min = 0,
               .dt_max = INFINITY};
   if (device != "cpu") {

@@ -13,7 +13,8 @@ MAMBA_OPS_API std::map<std::string, std::string> build_info();
 MAMBA_OPS_API std::string cpu_isa();
 MAMBA_OPS_API std::vector<std::string> runnable_cpu_isas();
 MAMBA_OPS_API void force_cpu_isa(const std::string& name);
-// "auto": the fastest CUDA kernels that can run a call; "portable": those for any GPU.
+// "auto": the fastest CUDA kernels that can run a call; "portable": those for any GPU; "small": as they run
+// on a GPU with 99 KB of shared memory a block.
 MAMBA_OPS_API void force_cuda_path(const std::string& name);
 // What a call would run: the kernel and how it cuts the work. Sizes by their letters (b, l, d, h, p, n, g,
 // w).

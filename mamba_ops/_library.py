@@ -100,6 +100,17 @@ def arithmetic_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
+def allows_tf32(data: Tensor) -> bool:
+    """Whether products of `data` may be of TF32: torch's setting for float32 matrices on CUDA."""
+    return data.dtype == torch.float32 and data.is_cuda and torch_allows_tf32()
+
+
+# Dynamo cannot trace this, but compiles anew where the setting has changed.
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def torch_allows_tf32() -> bool:
+    return bool(torch.backends.cuda.matmul.fp32_precision == "tf32")
+
+
 def is_silu(op: str, activation: str | None) -> bool:
     """True for "silu" and its other name "swish", False for None; anything else is refused."""
     if activation not in (None, "silu", "swish"):

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from ._library import (
+    allows_tf32,
     arithmetic_dtype,
     grad_like,
     is_silu,
@@ -72,7 +73,7 @@ def mamba_split_conv1d_scan(
         rmsnorm_eps: added to the mean squares.
         norm_before_gate: norm(y) silu(z) instead of norm(y silu(z)).
         outproj_weight, outproj_bias: (m, k + d), (m); None: no projection.
-        chunk_size: as for `ssd`.
+        chunk_size: as for `ssd`, which also tells when its products are of TF32.
         conv_state, initial_state: (b, d + 2 g n, w - 1), (b, h, p, n): states before the first token, a row
             per sequence with cu_seqlens.
         seq_idx, cu_seqlens: packed sequences, as for `ssd`.
@@ -107,7 +108,8 @@ def mamba_split_conv1d_scan(
     ends = (rmsnorm_weight, outproj_weight, outproj_bias, conv_state, initial_state, seq_idx, cu_seqlens)
     limits = (float(dt_limit[0]), float(dt_limit[1]))
     norm = (rmsnorm_eps, norm_before_gate)
-    options = (headdim, ngroups, silu, *limits, *norm, chunk_size, mask_negative, return_final_states)
+    tf32 = allows_tf32(zxbcdt)
+    options = (headdim, ngroups, silu, *limits, *norm, chunk_size, tf32, mask_negative, return_final_states)
     out, *states = _fwd(zxbcdt, *scan, *ends, *options)
     return (out, *states) if return_final_states else out
 
@@ -172,7 +174,7 @@ def _(
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-    *ctx.options, ctx.has_states = inputs[13:]
+    *ctx.options, _, ctx.mask_negative, ctx.has_states = inputs[13:]
     ctx.save_for_backward(*inputs[:13])
     ctx.set_materialize_grads(False)
 
@@ -182,8 +184,9 @@ def _backward(
 ) -> tuple[Tensor | None, ...]:
     tensors, needed = ctx.saved_tensors, ctx.needs_input_grad
     states = (dconv_state, dstate) if ctx.has_states else (None, None)
-    grads = _bwd(dout, *states, *tensors, *ctx.options, needed[7], needed[8])
-    return (*kept(grads, tensors, needed), *[None] * 12)
+    options = (*ctx.options, allows_tf32(tensors[0]), ctx.mask_negative, needed[7], needed[8])
+    grads = _bwd(dout, *states, *tensors, *options)
+    return (*kept(grads, tensors, needed), *[None] * 13)
 
 
 register_autograd("mamba_split_conv1d_scan_fwd", _setup_context, _backward)

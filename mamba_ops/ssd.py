@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from ._library import (
+    allows_tf32,
     arithmetic_dtype,
     register_autocast,
     register_autograd,
@@ -46,7 +47,10 @@ def ssd(
         o[t] = S[t] @ C[t] + D * x[t]
         y[t] = o[t] * silu(z[t]) if z is given else o[t]
 
-    Nothing but the inputs is saved for the backward.
+    Nothing but the inputs is saved for the backward. Sums of float32 products on a GPU err by last bits of
+    their largest factors, unless torch allows TF32 for matrices (``torch.backends.cuda.matmul.fp32_precision
+    = "tf32"`` or ``torch.set_float32_matmul_precision("high")``): factors are then rounded to 11 bits, by
+    forward and backward each as the setting is when it runs.
 
     Args:
         x: (b, l, h, p) with p in 1..256, float32, bfloat16, float16 or float64; any strides.
@@ -88,7 +92,13 @@ def ssd(
     tensors = (x, dt, A, B, C, D, z, dt_bias, initial_state, seq_idx, cu_seqlens)
     low, high = dt_limit
     y, final_state = _fwd(
-        *tensors, bool(dt_softplus), float(low), float(high), chunk_size, return_final_state
+        *tensors,
+        bool(dt_softplus),
+        float(low),
+        float(high),
+        chunk_size,
+        allows_tf32(x),
+        return_final_state,
     )
     return (y, final_state) if return_final_state else y
 
@@ -110,6 +120,7 @@ def _(
     dt_min: float,
     dt_max: float,
     chunk_size: int | None,
+    tf32: bool,
     return_final_state: bool,
 ) -> tuple[Tensor, Tensor]:
     b, _, h, p = x.shape
@@ -124,7 +135,7 @@ def _(dy: Tensor, dfinal_state: Tensor | None, x: Tensor, *rest: Any) -> tuple[T
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-    *tensors, softplus, low, high, chunk_size, ctx.has_state = inputs
+    *tensors, softplus, low, high, chunk_size, _, ctx.has_state = inputs
     ctx.options = softplus, low, high, chunk_size
     ctx.save_for_backward(*tensors)
     ctx.set_materialize_grads(False)
@@ -133,9 +144,9 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
 def _backward(ctx: Any, dy: Tensor | None, dfinal_state: Tensor | None) -> tuple[Tensor | None, ...]:
     tensors = ctx.saved_tensors
     dy = torch.zeros_like(tensors[0]) if dy is None else dy
-    grads = _bwd(dy, dfinal_state if ctx.has_state else None, *tensors, *ctx.options)
+    grads = _bwd(dy, dfinal_state if ctx.has_state else None, *tensors, *ctx.options, allows_tf32(dy))
     kept = (grad if given is not None else None for grad, given in zip(grads, tensors, strict=False))
-    return (*kept, None, None, None, None, None, None, None)
+    return (*kept, *[None] * 8)
 
 
 register_autograd("ssd_fwd", _setup_context, _backward)

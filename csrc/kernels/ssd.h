@@ -21,6 +21,7 @@ struct SsdDims {
   int64_t q;      // tokens in a chunk
   int64_t heads;  // of a unit of work: they share B and C
   bool softplus, D_per_channel;
+  bool tf32;  // on CUDA: factors of products in float32 may be rounded to TF32
   double dt_min, dt_max;
 
   int64_t sharing() const {

@@ -33,14 +33,14 @@ STABLE_TORCH_LIBRARY(mamba_ops, m) {
   m.def(
       "ssd_fwd(Tensor x, Tensor dt, Tensor A, Tensor B, Tensor C, Tensor? D, Tensor? z, Tensor? dt_bias, "
       "Tensor? initial_state, Tensor? seq_idx, Tensor? cu_seqlens, bool dt_softplus, float dt_min, float "
-      "dt_max, "
-      "int? chunk_size, bool return_final_state) -> (Tensor y, Tensor final_state)");
+      "dt_max, int? chunk_size, bool tf32, bool return_final_state) -> (Tensor y, Tensor final_state)");
   m.def(
       "ssd_bwd(Tensor dy, Tensor? dfinal_state, Tensor x, Tensor dt, Tensor A, Tensor B, Tensor C, Tensor? "
       "D, "
       "Tensor? z, Tensor? dt_bias, Tensor? initial_state, Tensor? seq_idx, Tensor? cu_seqlens, bool "
       "dt_softplus, "
-      "float dt_min, float dt_max, int? chunk_size) -> (Tensor dx, Tensor ddt, Tensor dA, Tensor dB, Tensor "
+      "float dt_min, float dt_max, int? chunk_size, bool tf32) -> (Tensor dx, Tensor ddt, Tensor dA, Tensor "
+      "dB, Tensor "
       "dC, "
       "Tensor dD, Tensor dz, Tensor ddt_bias, Tensor dinitial_state)");
 
@@ -88,7 +88,7 @@ STABLE_TORCH_LIBRARY(mamba_ops, m) {
       "Tensor? dt_bias, Tensor A, Tensor? D, Tensor? rmsnorm_weight, Tensor? outproj_weight, "
       "Tensor? outproj_bias, Tensor? conv_state, Tensor? initial_state, Tensor? seq_idx, "
       "Tensor? cu_seqlens, SymInt headdim, SymInt ngroups, bool silu, float dt_min, float dt_max, "
-      "float rmsnorm_eps, bool norm_before_gate, int? chunk_size, bool mask_negative, "
+      "float rmsnorm_eps, bool norm_before_gate, int? chunk_size, bool tf32, bool mask_negative, "
       "bool return_final_states) -> (Tensor out, Tensor conv_state, Tensor final_state)");
   m.def(
       "mamba_split_conv1d_scan_bwd(Tensor? dout, Tensor? dconv_state, Tensor? dfinal_state, Tensor zxbcdt, "
@@ -96,7 +96,7 @@ STABLE_TORCH_LIBRARY(mamba_ops, m) {
       "Tensor? rmsnorm_weight, Tensor? outproj_weight, Tensor? outproj_bias, Tensor? conv_state, "
       "Tensor? initial_state, Tensor? seq_idx, Tensor? cu_seqlens, SymInt headdim, SymInt ngroups, "
       "bool silu, float dt_min, float dt_max, float rmsnorm_eps, bool norm_before_gate, int? chunk_size, "
-      "bool mask_negative, bool outproj_weight_grad, bool outproj_bias_grad) -> (Tensor dzxbcdt, "
+      "bool tf32, bool mask_negative, bool outproj_weight_grad, bool outproj_bias_grad) -> (Tensor dzxbcdt, "
       "Tensor dconv1d_weight, Tensor dconv1d_bias, Tensor ddt_bias, Tensor dA, Tensor dD, "
       "Tensor drmsnorm_weight, Tensor doutproj_weight, Tensor doutproj_bias, Tensor dconv_state_in, "
       "Tensor dinitial_state)");

@@ -26,7 +26,7 @@ struct Arguments {
   double dt_min, dt_max, rmsnorm_eps;
   bool norm_before_gate;
   std::optional<int64_t> chunk_size;
-  bool mask_negative;
+  bool tf32, mask_negative;
 };
 
 // The columns of zxbcdt, or of its gradient.
@@ -121,7 +121,8 @@ struct Layer {
             .softplus = true,
             .dt_min = a.dt_min,
             .dt_max = a.dt_max,
-            .chunk_size = a.chunk_size};
+            .chunk_size = a.chunk_size,
+            .tf32 = a.tf32};
   }
 
   parts::NormInputs norm(const Tensor& y) const {
@@ -161,7 +162,7 @@ std::tuple<Tensor, Tensor, Tensor> mamba_split_conv1d_scan_fwd(
     OptTensor rmsnorm_weight, OptTensor outproj_weight, OptTensor outproj_bias, OptTensor conv_state,
     OptTensor initial_state, OptTensor seq_idx, OptTensor cu_seqlens, int64_t headdim, int64_t ngroups,
     bool silu, double dt_min, double dt_max, double rmsnorm_eps, bool norm_before_gate,
-    std::optional<int64_t> chunk_size, bool mask_negative, bool return_final_states) {
+    std::optional<int64_t> chunk_size, bool tf32, bool mask_negative, bool return_final_states) {
   const Arguments a{zxbcdt,
                     conv1d_weight,
                     conv1d_bias,
@@ -183,6 +184,7 @@ std::tuple<Tensor, Tensor, Tensor> mamba_split_conv1d_scan_fwd(
                     rmsnorm_eps,
                     norm_before_gate,
                     chunk_size,
+                    tf32,
                     mask_negative};
   const Layer layer(a);
   const auto [xBC, conv_end] = layer.convolve(return_final_states);
@@ -204,8 +206,8 @@ mamba_split_conv1d_scan_bwd(OptTensor dout, OptTensor dconv_state, OptTensor dfi
                             OptTensor outproj_bias, OptTensor conv_state, OptTensor initial_state,
                             OptTensor seq_idx, OptTensor cu_seqlens, int64_t headdim, int64_t ngroups,
                             bool silu, double dt_min, double dt_max, double rmsnorm_eps,
-                            bool norm_before_gate, std::optional<int64_t> chunk_size, bool mask_negative,
-                            bool outproj_weight_grad, bool outproj_bias_grad) {
+                            bool norm_before_gate, std::optional<int64_t> chunk_size, bool tf32,
+                            bool mask_negative, bool outproj_weight_grad, bool outproj_bias_grad) {
   const Arguments a{zxbcdt,
                     conv1d_weight,
                     conv1d_bias,
@@ -227,6 +229,7 @@ mamba_split_conv1d_scan_bwd(OptTensor dout, OptTensor dconv_state, OptTensor dfi
                     rmsnorm_eps,
                     norm_before_gate,
                     chunk_size,
+                    tf32,
                     mask_negative};
   const Layer layer(a);
   const int64_t b = layer.b, l = layer.l, d = layer.d, k = layer.k, m = layer.m;

@@ -54,11 +54,11 @@ Tensor ssd_state_update(Tensor state, Tensor x, Tensor dt, Tensor A, Tensor B, T
 std::tuple<Tensor, Tensor> ssd_fwd(Tensor x, Tensor dt, Tensor A, Tensor B, Tensor C, OptTensor D,
                                    OptTensor z, OptTensor dt_bias, OptTensor initial_state, OptTensor seq_idx,
                                    OptTensor cu_seqlens, bool dt_softplus, double dt_min, double dt_max,
-                                   std::optional<int64_t> chunk_size, bool return_final_state);
+                                   std::optional<int64_t> chunk_size, bool tf32, bool return_final_state);
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> ssd_bwd(
     Tensor dy, OptTensor dfinal_state, Tensor x, Tensor dt, Tensor A, Tensor B, Tensor C, OptTensor D,
     OptTensor z, OptTensor dt_bias, OptTensor initial_state, OptTensor seq_idx, OptTensor cu_seqlens,
-    bool dt_softplus, double dt_min, double dt_max, std::optional<int64_t> chunk_size);
+    bool dt_softplus, double dt_min, double dt_max, std::optional<int64_t> chunk_size, bool tf32);
 
 std::tuple<Tensor, Tensor, Tensor> mamba_inner_fwd(
     Tensor xz, Tensor conv1d_weight, OptTensor conv1d_bias, Tensor x_proj_weight, Tensor delta_proj_weight,
@@ -82,7 +82,7 @@ std::tuple<Tensor, Tensor, Tensor> mamba_split_conv1d_scan_fwd(
     OptTensor rmsnorm_weight, OptTensor outproj_weight, OptTensor outproj_bias, OptTensor conv_state,
     OptTensor initial_state, OptTensor seq_idx, OptTensor cu_seqlens, int64_t headdim, int64_t ngroups,
     bool silu, double dt_min, double dt_max, double rmsnorm_eps, bool norm_before_gate,
-    std::optional<int64_t> chunk_size, bool mask_negative, bool return_final_states);
+    std::optional<int64_t> chunk_size, bool tf32, bool mask_negative, bool return_final_states);
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>
 mamba_split_conv1d_scan_bwd(OptTensor dout, OptTensor dconv_state, OptTensor dfinal_state, Tensor zxbcdt,
                             Tensor conv1d_weight, OptTensor conv1d_bias, OptTensor dt_bias, Tensor A,
@@ -90,7 +90,7 @@ mamba_split_conv1d_scan_bwd(OptTensor dout, OptTensor dconv_state, OptTensor dfi
                             OptTensor outproj_bias, OptTensor conv_state, OptTensor initial_state,
                             OptTensor seq_idx, OptTensor cu_seqlens, int64_t headdim, int64_t ngroups,
                             bool silu, double dt_min, double dt_max, double rmsnorm_eps,
-                            bool norm_before_gate, std::optional<int64_t> chunk_size, bool mask_negative,
-                            bool outproj_weight_grad, bool outproj_bias_grad);
+                            bool norm_before_gate, std::optional<int64_t> chunk_size, bool tf32,
+                            bool mask_negative, bool outproj_weight_grad, bool outproj_bias_grad);
 
 }  // namespace mamba_ops

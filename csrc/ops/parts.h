@@ -38,6 +38,7 @@ struct SsdInputs {
   bool softplus;
   double dt_min, dt_max;
   std::optional<int64_t> chunk_size;
+  bool tf32;  // on CUDA: factors of products in float32 may be rounded to TF32
 };
 struct SsdGrads {
   OptTensor x, dt, A, B, C, D, z, dt_bias, initial_state;

@@ -25,7 +25,7 @@ struct SsdCall {
   SsdCall(const char* op, const parts::SsdInputs& in)
       : check(op, in.x), type(check.float_type("x", in.x)), arithmetic(arithmetic_type(type)) {
     const auto& [x, dt, A, B, C, D, z, dt_bias, initial_state, seq_idx, cu_seqlens, softplus, dt_min, dt_max,
-                 chunk_size] = in;
+                 chunk_size, tf32] = in;
     check.shape("x", x, "(b, l, h, p)", {-1, -1, -1, -1});
     const int64_t b = x.size(0), l = x.size(1), h = x.size(2), p = x.size(3);
     check.that(p >= 1 && p <= kSsdMaxWidth, "x must be (b, l, h, p) with p in 1.." +
@@ -72,6 +72,7 @@ struct SsdCall {
                    .heads = 1,
                    .softplus = softplus,
                    .D_per_channel = D && D->dim() == 2,
+                   .tf32 = tf32,
                    .dt_min = dt_min,
                    .dt_max = dt_max};
     params.x = view(x);
@@ -295,18 +296,18 @@ parts::SsdGrads parts::ssd_bwd(const SsdInputs& in, const Tensor& dy, const OptT
 std::tuple<Tensor, Tensor> ssd_fwd(Tensor x, Tensor dt, Tensor A, Tensor B, Tensor C, OptTensor D,
                                    OptTensor z, OptTensor dt_bias, OptTensor initial_state, OptTensor seq_idx,
                                    OptTensor cu_seqlens, bool dt_softplus, double dt_min, double dt_max,
-                                   std::optional<int64_t> chunk_size, bool return_final_state) {
+                                   std::optional<int64_t> chunk_size, bool tf32, bool return_final_state) {
   return parts::ssd_fwd({x, dt, A, B, C, D, z, dt_bias, initial_state, seq_idx, cu_seqlens, dt_softplus,
-                         dt_min, dt_max, chunk_size},
+                         dt_min, dt_max, chunk_size, tf32},
                         return_final_state);
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> ssd_bwd(
     Tensor dy, OptTensor dfinal_state, Tensor x, Tensor dt, Tensor A, Tensor B, Tensor C, OptTensor D,
     OptTensor z, OptTensor dt_bias, OptTensor initial_state, OptTensor seq_idx, OptTensor cu_seqlens,
-    bool dt_softplus, double dt_min, double dt_max, std::optional<int64_t> chunk_size) {
+    bool dt_softplus, double dt_min, double dt_max, std::optional<int64_t> chunk_size, bool tf32) {
   const auto grads = parts::ssd_bwd({x, dt, A, B, C, D, z, dt_bias, initial_state, seq_idx, cu_seqlens,
-                                     dt_softplus, dt_min, dt_max, chunk_size},
+                                     dt_softplus, dt_min, dt_max, chunk_size, tf32},
                                     dy, dfinal_state);
   const auto kept = [&](const OptTensor& grad) { return parts::or_none(grad, x); };
   return {*grads.x,

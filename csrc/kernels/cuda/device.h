@@ -5,6 +5,8 @@
 #include <algorithm>
 #include <cstdint>
 
+#include "kernels/cuda/path.h"
+
 namespace mamba_ops::gpu {
 
 // 0 where there is no device.
@@ -19,6 +21,9 @@ inline int device_attribute(cudaDeviceAttr attribute) {
 inline int64_t multiprocessors() { return std::max(1, device_attribute(cudaDevAttrMultiProcessorCount)); }
 
 // Of a block, at most.
-inline int shared_bytes() { return device_attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin); }
+inline int shared_bytes() {
+  const int bytes = device_attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin);
+  return little_shared_memory ? std::min(bytes, 99 << 10) : bytes;
+}
 
 }  // namespace mamba_ops::gpu

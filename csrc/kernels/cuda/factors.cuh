@@ -1,5 +1,5 @@
-// Products of tiles in shared memory, for four types of factors: bfloat16, float16, float32 (each value split
-// into two of TF32, three products: float32 accuracy), float64. Sums in float32, or float64.
+// Products of tiles in shared memory, by types of factors: bfloat16, float16, float32 (each value split into
+// two of TF32, three products: float32 accuracy), float32 as TF32, float64. Sums in float32, or float64.
 //
 // A left factor is 16 rows x 16 terms, a right one 16 terms x 8 columns. Lane 4 r + q holds the terms
 // 2 q, 2 q + 1, 2 q + 8, 2 q + 9: of rows r and r + 8 on the left, of column r on the right; of a sum (16 x
@@ -206,6 +206,7 @@ __device__ inline float operator-(const Twofold& a, const Twofold& b) {
 }
 
 struct Float32 : PlainFactors<float> {
+  static constexpr bool kExact = true;  // to float32's last bits
   using Sum = Twofold;
   using Other = float;
   static constexpr DType kType = DType::f32;
@@ -254,6 +255,22 @@ struct Float32 : PlainFactors<float> {
     for (int i = 0; i < kColumns; ++i)
 #pragma unroll
       for (int k = 0; k < 4; ++k) sums[i][k] += part[i][k];
+  }
+};
+
+// float32 whose factors may lose all but TF32's 11 bits: one product of rounded ones.
+struct Tf32 : Float32 {
+  static constexpr bool kExact = false;
+
+  __device__ static const Left& prepare(const Left& a) { return a; }
+  template <int kColumns>
+  __device__ static void multiply(float (*sums)[4], const Left& a, const Right (&b)[kColumns]) {
+#pragma unroll
+    for (int k = 0; k < 4; k += 2)
+#pragma unroll
+      for (int i = 0; i < kColumns; ++i)
+        mma_tf32(sums[i], rounded(a.v[0][k]), rounded(a.v[1][k]), rounded(a.v[0][k + 1]),
+                 rounded(a.v[1][k + 1]), rounded(b[i].v[k]), rounded(b[i].v[k + 1]));
   }
 };
 

@@ -5,6 +5,8 @@
 
 namespace mamba_ops {
 
-inline std::atomic<bool> portable_only = false;  // set by _C.set_cuda_path, for tests and timings
+// Set by _C.set_cuda_path, for tests and timings.
+inline std::atomic<bool> portable_only = false;
+inline std::atomic<bool> little_shared_memory = false;  // as if a block had 99 KB, as on small GPUs
 
 }  // namespace mamba_ops

@@ -16,7 +16,8 @@
 // float32 tile without its diagonal: what cancels is exact up to float32. Four warps make the steps of four
 // heads at once, and in the end what comes of them. Where runs begin in the cell its chunks follow each
 // other, with the states of their runs; the block writes the gradients of those. Shared memory: B, C (kQ x
-// kN); x, go (kQ x kP), H, G (kP x kN), twice where they fit; M (kQ x kQ).
+// kN); x, go (kQ x kP), H, G (kP x kN), twice where they fit; M (kQ x kQ). GPUs with less of it take smaller
+// tiles.
 //
 // 4: ssd_reduce: sums of dA, ddt_bias, dD over cells, and of dB, dC over blocks of heads, in order.
 //
@@ -42,13 +43,13 @@ namespace {
 constexpr int64_t kSpanValues = int64_t(1) << 29;
 constexpr int kReduceThreads = 256;
 
-template <class F, int kN>
-__global__ void __launch_bounds__(BwdTiles<F, kN>::kThreads, 1) ssd_backward(const BwdArgs a) {
-  using T = BwdTiles<F, kN>;
+template <class F, class Sizes>
+__global__ void __launch_bounds__(BwdTiles<F, Sizes>::kThreads, 1) ssd_backward(const BwdArgs a) {
+  using T = BwdTiles<F, Sizes>;
   extern __shared__ __align__(16) unsigned char memory[];
   const int64_t rest = blockIdx.x / a.blocks;
-  Backward<F, kN> backward(a, *reinterpret_cast<T*>(memory), rest / a.count, a.first_cell + rest % a.count,
-                           blockIdx.x % a.blocks);
+  Backward<F, Sizes> backward(a, *reinterpret_cast<T*>(memory), rest / a.count, a.first_cell + rest % a.count,
+                              blockIdx.x % a.blocks);
   if (is_invalid(a.seqs))
     backward.fill_nan();
   else
@@ -125,9 +126,9 @@ struct BwdPlan {
   int64_t heads;                                          // of a block
   int64_t ends, decays, states, sums, partial_BC, bytes;  // offsets, -1: not needed
 
-  template <class F, int kN>
+  template <class F, class Sizes>
   static BwdPlan of(SsdDims dims, int64_t sums_width) {
-    using T = BwdTiles<F, kN>;
+    using T = BwdTiles<F, Sizes>;
     using R = typename F::Real;
     BwdPlan plan{};
     SsdPieces& pieces = plan.pieces;
@@ -168,9 +169,9 @@ struct BwdPlan {
   }
 };
 
-template <class F, int kN>
+template <class F, class Sizes>
 struct BwdLaunch {
-  using T = BwdTiles<F, kN>;
+  using T = BwdTiles<F, Sizes>;
   using E = typename F::Element;
   using R = typename F::Real;
   BwdArgs a;
@@ -216,7 +217,7 @@ struct BwdLaunch {
          .before = {},
          .sums = nullptr,
          .partial_BC = nullptr};
-    plan = BwdPlan::of<F, kN>(dims, a.sums_width());
+    plan = BwdPlan::of<F, Sizes>(dims, a.sums_width());
     a.p.fwd.dims.heads = plan.heads;
     a.blocks = a.p.fwd.dims.head_blocks();
     a.share = dims.sharing();
@@ -244,8 +245,8 @@ struct BwdLaunch {
     const int64_t blocks = dims.b * a.count * a.blocks;
     if (blocks > INT_MAX) return "more blocks than one launch may have";
     const int bytes = sizeof(T);
-    if (const char* error = allow_shared(ssd_backward<F, kN>, bytes)) return error;
-    ssd_backward<F, kN><<<unsigned(blocks), T::kThreads, bytes, stream>>>(a);
+    if (const char* error = allow_shared(ssd_backward<F, Sizes>, bytes)) return error;
+    ssd_backward<F, Sizes><<<unsigned(blocks), T::kThreads, bytes, stream>>>(a);
     return launch_error();
   }
 
@@ -269,10 +270,17 @@ struct BwdLaunch {
   }
 };
 
+// f.template operator()<F, Sizes>() for the types and widths of a call, and what the GPU has.
 template <class Function>
 auto by_kernel(const SsdFwd& p, Function f) {
-  return by_factors(p.x.dtype, [&]<class F>() {
-    return by_width(p.dims.n, [&]<int kN>() { return f.template operator()<F, kN>(); });
+  return by_factors(p, [&]<class F>() {
+    return by_width(p.dims.n, [&]<int kN>() {
+      constexpr int kBytes = sizeof(typename F::Element);
+      using Large = BwdSizes<kBytes, kN, false>;
+      using Small = BwdSizes<kBytes, kN, kBytes != 8>;
+      return sizeof(BwdTiles<F, Large>) <= size_t(shared_bytes()) ? f.template operator()<F, Large>()
+                                                                  : f.template operator()<F, Small>();
+    });
   });
 }
 
@@ -282,8 +290,8 @@ auto by_kernel(const SsdFwd& p, Function f) {
 
 int64_t ssd_bwd_portable_workspace(const SsdBwd& p, const Sequences& seqs, int64_t states) {
   using namespace gpu;
-  return by_kernel(p.fwd, [&]<class F, int kN>() {
-    return BwdLaunch<F, kN>(p, seqs, states, nullptr, nullptr).plan.bytes;
+  return by_kernel(p.fwd, [&]<class F, class Sizes>() {
+    return BwdLaunch<F, Sizes>(p, seqs, states, nullptr, nullptr).plan.bytes;
   });
 }
 
@@ -292,13 +300,13 @@ const char* ssd_bwd_portable(const SsdBwd& p, const Sequences& seqs, int64_t sta
   using namespace gpu;
   const SsdDims& dims = p.fwd.dims;
   const cudaStream_t stream = static_cast<cudaStream_t>(cuda_stream);
-  return by_kernel(p.fwd, [&]<class F, int kN>() -> const char* {
+  return by_kernel(p.fwd, [&]<class F, class Sizes>() -> const char* {
     using R = typename F::Real;
     const int64_t count = states * dims.h * dims.p * dims.n;
     if (dims.b * dims.l * dims.h == 0 && p.dstates_in && count > 0)
       pass_all_gradients<R><<<256, 256, 0, stream>>>(static_cast<const R*>(p.dstates_out),
                                                      static_cast<R*>(p.dstates_in), count, seqs);
-    return BwdLaunch<F, kN>(p, seqs, states, workspace, stream).run();
+    return BwdLaunch<F, Sizes>(p, seqs, states, workspace, stream).run();
   });
 }
 

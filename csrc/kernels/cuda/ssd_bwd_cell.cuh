@@ -5,9 +5,9 @@
 namespace mamba_ops::gpu {
 
 // One cell of one row, for a block of heads.
-template <class F, int kWidth>
+template <class F, class Sizes>
 struct Backward {
-  using T = BwdTiles<F, kWidth>;
+  using T = BwdTiles<F, Sizes>;
   using E = typename F::Element;
   using R = typename F::Real;
   using Stage = typename T::Stage;

@@ -5,8 +5,8 @@
 namespace mamba_ops::gpu {
 
 // M and dCB, and the sums of W = dM o M without its diagonal, which drops out of every difference of them.
-template <class F, int kWidth>
-__device__ void Backward<F, kWidth>::pairs(const Stage& in, const Head& head) {
+template <class F, class Sizes>
+__device__ void Backward<F, Sizes>::pairs(const Stage& in, const Head& head) {
   R dM[kPairColumns / 8][4] = {};
   const int first = group * kPairColumns;
   if (first + kPairColumns > first_token)
@@ -43,8 +43,8 @@ __device__ void Backward<F, kWidth>::pairs(const Stage& in, const Head& head) {
   store_row_sums(tiles.W_of_j[group], of_j);
 }
 
-template <class F, int kWidth>
-__device__ void Backward<F, kWidth>::store_row_sums(R* to, R (&sums)[2]) const {
+template <class F, class Sizes>
+__device__ void Backward<F, Sizes>::store_row_sums(R* to, R (&sums)[2]) const {
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
     sums[half] += __shfl_xor_sync(kAllLanes, sums[half], 1);
@@ -55,10 +55,10 @@ __device__ void Backward<F, kWidth>::store_row_sums(R* to, R (&sums)[2]) const {
 
 // grad (this warp's tokens and columns of n) += factor (token state), and dots[t] its product with
 // `others`, summed over the columns.
-template <class F, int kWidth>
-__device__ void Backward<F, kWidth>::through_state(R (&grad)[kColumnsN / 8][4], R* dots, const E* rows,
-                                                   const E* state, const R (&factor)[2],
-                                                   const E* others) const {
+template <class F, class Sizes>
+__device__ void Backward<F, Sizes>::through_state(R (&grad)[kColumnsN / 8][4], R* dots, const E* rows,
+                                                  const E* state, const R (&factor)[2],
+                                                  const E* others) const {
   constexpr int kSlice = kColumnsN < 32 ? kColumnsN : 32;
   R sums[2] = {};
 #pragma unroll
@@ -85,9 +85,9 @@ __device__ void Backward<F, kWidth>::through_state(R (&grad)[kColumnsN / 8][4], 
 
 // The part of dX that comes through the state after the chunk; then what comes from later tokens, dx and
 // x . dX.
-template <class F, int kWidth>
-__device__ void Backward<F, kWidth>::dx_from_state(const Stage& in, const R (&to_end)[2],
-                                                   R (&dX)[kColumnsP / 8][4]) const {
+template <class F, class Sizes>
+__device__ void Backward<F, Sizes>::dx_from_state(const Stage& in, const R (&to_end)[2],
+                                                  R (&dX)[kColumnsP / 8][4]) const {
   multiply_tiles<F, false, kN>(dX, tiles.B + first_token * T::kLdN, T::kLdN,
                                in.G + group * kColumnsP * T::kLdS, T::kLdS);
 #pragma unroll
@@ -96,9 +96,9 @@ __device__ void Backward<F, kWidth>::dx_from_state(const Stage& in, const R (&to
     for (int k = 0; k < 4; ++k) dX[tile][k] *= to_end[k / 2];
 }
 
-template <class F, int kWidth>
-__device__ void Backward<F, kWidth>::finish_dx(const Stage& in, const Head& head, const Item& at,
-                                               R (&dX)[kColumnsP / 8][4]) const {
+template <class F, class Sizes>
+__device__ void Backward<F, Sizes>::finish_dx(const Stage& in, const Head& head, const Item& at,
+                                              R (&dX)[kColumnsP / 8][4]) const {
 #pragma unroll
   for (int k = 0; k < kQ; k += 16)
     if (k >= first_token)
@@ -132,8 +132,8 @@ __device__ void Backward<F, kWidth>::finish_dx(const Stage& in, const Head& head
 }
 
 // dz = dy o silu'(z), with o run again.
-template <class F, int kWidth>
-__device__ void Backward<F, kWidth>::gate_gradient(const Stage& in, const Head& head, const Item& at) const {
+template <class F, class Sizes>
+__device__ void Backward<F, Sizes>::gate_gradient(const Stage& in, const Head& head, const Item& at) const {
   R o[kColumnsP / 8][4] = {};
   multiply_tiles<F, false, kN>(o, tiles.C + first_token * T::kLdN, T::kLdN,
                                in.H + group * kColumnsP * T::kLdS, T::kLdS);
@@ -170,8 +170,8 @@ __device__ void Backward<F, kWidth>::gate_gradient(const Stage& in, const Head& 
 }
 
 // dB and dC of the chunk: what the pairs add, once for all heads of the block.
-template <class F, int kWidth>
-__device__ void Backward<F, kWidth>::finish_chunk() {
+template <class F, class Sizes>
+__device__ void Backward<F, Sizes>::finish_chunk() {
 #pragma unroll
   for (int tile = 0; tile < kPairColumns / 8; ++tile)
 #pragma unroll
@@ -193,9 +193,9 @@ __device__ void Backward<F, kWidth>::finish_chunk() {
   store_BC(dC, a.dC, group_C, 1);
 }
 
-template <class F, int kWidth>
-__device__ void Backward<F, kWidth>::store_BC(const R (&grad)[kColumnsN / 8][4], const Rows& out,
-                                              int64_t which_group, int which) const {
+template <class F, class Sizes>
+__device__ void Backward<F, Sizes>::store_BC(const R (&grad)[kColumnsN / 8][4], const Rows& out,
+                                             int64_t which_group, int which) const {
   const int64_t ldn = ssd_padded_n(dims);
   const int64_t* stride = out.view.stride;
   const int64_t first = row * stride[0] + begin * stride[1] + which_group * stride[2];
@@ -218,9 +218,9 @@ __device__ void Backward<F, kWidth>::store_BC(const R (&grad)[kColumnsN / 8][4],
 }
 
 // The gradient of the run's initial state: 2^T G + sum_i (2^s_i go_i) C_i^T.
-template <class F, int kWidth>
-__device__ void Backward<F, kWidth>::initial_gradient(const Stage& in, const Head& head,
-                                                      const Item& at) const {
+template <class F, class Sizes>
+__device__ void Backward<F, Sizes>::initial_gradient(const Stage& in, const Head& head,
+                                                     const Item& at) const {
   constexpr int kColumns = kN / (T::kWarps / (kP / 16)), kSlice = kColumns < 32 ? kColumns : 32;
   const int first_row = warp % (kP / 16) * 16;
   R* to = static_cast<R*>(a.p.dstates_in) + state_at(state_in, at) + first_row * dims.n;
@@ -241,17 +241,17 @@ __device__ void Backward<F, kWidth>::initial_gradient(const Stage& in, const Hea
 }
 
 // The rows [from, to) of the states belong to sequences without tokens.
-template <class F, int kWidth>
-__device__ void Backward<F, kWidth>::pass_states(int64_t from, int64_t to, const Item& at) const {
+template <class F, class Sizes>
+__device__ void Backward<F, Sizes>::pass_states(int64_t from, int64_t to, const Item& at) const {
   for (int64_t k = from; k < to; ++k)
     for (int i = threadIdx.x; i < at.channels * dims.n; i += kThreads)
       static_cast<R*>(a.p.dstates_in)[state_at(k, at) + i] =
           a.p.dstates_out ? static_cast<const R*>(a.p.dstates_out)[state_at(k, at) + i] : R(0);
 }
 
-template <class F, int kWidth>
-__device__ void Backward<F, kWidth>::initial_gradients(const Stage& in, const Head& head,
-                                                       const Item& at) const {
+template <class F, class Sizes>
+__device__ void Backward<F, Sizes>::initial_gradients(const Stage& in, const Head& head,
+                                                      const Item& at) const {
   if (!a.p.dstates_in) return;
   if (begins && state_in >= 0) initial_gradient(in, head, at);
   if (!a.seqs.cu_seqlens.data) return;

@@ -37,8 +37,8 @@ __device__ inline void sums_before(R (&v)[kPerLane]) {
 }
 
 // <H, G>, a sum for every warp, and go_t . x_t over some tokens t for every channel.
-template <class F, int kWidth>
-__device__ void Backward<F, kWidth>::plain_sums(const Stage& in) const {
+template <class F, class Sizes>
+__device__ void Backward<F, Sizes>::plain_sums(const Stage& in) const {
   R v = 0;
   for (int i = 2 * threadIdx.x; i < kP * kN; i += 2 * kThreads) {
     const int at = i / kN * T::kLdS + i % kN;
@@ -58,8 +58,8 @@ __device__ void Backward<F, kWidth>::plain_sums(const Stage& in) const {
 }
 
 // Adds the sums over a slice of a head's channels to those of the head.
-template <class F, int kWidth>
-__device__ void Backward<F, kWidth>::collect(Head& head, const Item& at) const {
+template <class F, class Sizes>
+__device__ void Backward<F, Sizes>::collect(Head& head, const Item& at) const {
   const bool first = at.first_p == 0;
   for (int i = threadIdx.x; i < 4 * kQ + kP + 1; i += kThreads) {
     const int which = i / kQ, t = i % kQ, p = i - 4 * kQ;
@@ -84,8 +84,8 @@ __device__ void Backward<F, kWidth>::collect(Head& head, const Item& at) const {
   }
 }
 
-template <class F, int kWidth>
-__device__ void Backward<F, kWidth>::add_sum(int64_t head, int64_t which, R value) const {
+template <class F, class Sizes>
+__device__ void Backward<F, Sizes>::add_sum(int64_t head, int64_t which, R value) const {
   R* to = static_cast<R*>(a.sums) + ((row * a.cells + cell) * dims.h + head) * a.sums_width() + which;
   *to = begin == cell * a.q ? value : *to + value;
 }
@@ -93,8 +93,8 @@ __device__ void Backward<F, kWidth>::add_sum(int64_t head, int64_t which, R valu
 // By one warp: what comes of the steps of a head.
 //   da_t = sum_{i >= t} (W_i. - W_.i) + sum_{i >= t} r_i + sum_{j < t} k_j + 2^T <H, G>
 // The first token of a chunk has no pairs across it: its first sum is 0, and not what rounding leaves.
-template <class F, int kWidth>
-__device__ void Backward<F, kWidth>::step_gradients(const Head& head, int64_t number) const {
+template <class F, class Sizes>
+__device__ void Backward<F, Sizes>::step_gradients(const Head& head, int64_t number) const {
   using WarpSteps = LaneSteps<F, kQ>;
   constexpr int kPerLane = WarpSteps::kPerLane;
   R dt[kPerLane], sums[4][kPerLane];
@@ -135,8 +135,8 @@ __device__ void Backward<F, kWidth>::step_gradients(const Head& head, int64_t nu
   if (one_D) add_sum(number, 2, sum_D);
 }
 
-template <class F, int kWidth>
-__device__ void Backward<F, kWidth>::make_steps(Head& to, int64_t number) const {
+template <class F, class Sizes>
+__device__ void Backward<F, Sizes>::make_steps(Head& to, int64_t number) const {
   const LaneSteps<F, kQ> steps(a.p.fwd, row, begin, number, HeadParameters<R>(a.p.fwd, number), tokens);
 #pragma unroll
   for (int k = 0; k < steps.kPerLane; ++k) {

@@ -25,29 +25,37 @@ struct BwdArgs {
   }
 };
 
-// Sizes by the bytes of a factor and the width that holds n. kGroups warps share 16 tokens.
-template <int kBytes, int kN>
+// Sizes by the bytes of a factor and the width that holds n. kGroups warps share 16 tokens. kSmall: those
+// that fit where a block has 99 KB of shared memory; float64 has no others (n > 128 does not fit there).
+template <int kBytes, int kN, bool kSmall>
 struct BwdSizes;
 template <int N>
-struct BwdSizes<2, N> {
-  static constexpr int kQ = 64, kP = N <= 128 ? 64 : 32, kGroups = 4, kStages = N <= 128 ? 2 : 1;
+struct BwdSizes<2, N, false> {
+  static constexpr int kN = N, kQ = 64, kP = N <= 128 ? 64 : 32, kGroups = 4, kStages = N <= 128 ? 2 : 1;
 };
 template <int N>
-struct BwdSizes<4, N> {
-  static constexpr int kQ = N <= 128 ? 64 : 32, kP = 32, kGroups = 4, kStages = 1;
+struct BwdSizes<2, N, true> {
+  static constexpr int kN = N, kQ = N <= 128 ? 64 : 32, kP = N <= 64 ? 64 : 32, kGroups = 4, kStages = 1;
 };
 template <int N>
-struct BwdSizes<8, N> {
-  static constexpr int kQ = N <= 64 ? 32 : 16, kP = kQ, kGroups = kQ / 8, kStages = 1;
+struct BwdSizes<4, N, false> {
+  static constexpr int kN = N, kQ = N <= 128 ? 64 : 32, kP = 32, kGroups = 4, kStages = 1;
+};
+template <int N>
+struct BwdSizes<4, N, true> {
+  static constexpr int kN = N, kQ = N <= 128 ? 32 : 16, kP = kQ, kGroups = kQ / 8, kStages = 1;
+};
+template <int N>
+struct BwdSizes<8, N, false> {
+  static constexpr int kN = N, kQ = 16, kP = 16, kGroups = 2, kStages = 1;
 };
 
-template <class F, int kWidth>
-struct BwdTiles : BwdSizes<sizeof(typename F::Element), kWidth> {
+template <class F, class Sizes>
+struct BwdTiles : Sizes {
   using E = typename F::Element;
   using R = typename F::Real;
-  using Sizes = BwdSizes<sizeof(E), kWidth>;
-  using Sizes::kQ, Sizes::kP, Sizes::kGroups, Sizes::kStages;
-  static constexpr int kN = kWidth, kRows = kQ / 16, kWarps = kRows * kGroups, kThreads = 32 * kWarps;
+  using Sizes::kQ, Sizes::kP, Sizes::kN, Sizes::kGroups, Sizes::kStages;
+  static constexpr int kRows = kQ / 16, kWarps = kRows * kGroups, kThreads = 32 * kWarps;
   static constexpr int kParts = kThreads / kP;
   static constexpr int kLdN = kN + F::kPadAlong, kLdS = kN + F::kPadAcross;
   static constexpr int kLdP = kP + F::kPadAlong, kLdQ = kQ + F::kPadAlong;

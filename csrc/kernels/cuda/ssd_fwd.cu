@@ -9,6 +9,9 @@
 // warps by kWarps 16 / kQ make its blocks on and below the diagonal; the warp with the fewest makes the steps
 // of the next chunk too.
 //
+// float32: three products of float16 for one (split.cuh). B and C are split in place as soon as they are
+// there, P when it is made, H and x^T in registers.
+//
 // Shared memory: tiles of B and C (kQ x kN), free for the next chunk's once P is there; two of x (kQ x kP), y
 // takes the place of the one in use; P (kQ x kQ); z (kQ x kP) where there is one.
 //
@@ -18,8 +21,7 @@
 // every order is fixed by the sizes and the GPU's kind: bitwise repeatable.
 //
 // Bound by latency: with b h = 320 there are 2.4 warps a scheduler, which issue in a third of the cycles;
-// bytes keep 16 % of the bandwidth busy, tensor cores 16 % (float32: 20 %), shared memory 36 % (ncu on an
-// H100).
+// bytes keep 16 % of the bandwidth busy, tensor cores 16 %, shared memory 36 % (bfloat16, ncu on an H100).
 #include <algorithm>
 
 #include "kernels/cuda/ssd.h"
@@ -78,7 +80,7 @@ SsdPieces pieces_of(const SsdDims& dims) {
 // f.template operator()<F, kN>() for the types and widths of a call.
 template <class Function>
 auto by_kernel(const SsdFwd& p, Function f) {
-  return by_factors(p.x.dtype, [&]<class F>() {
+  return by_factors(p, [&]<class F>() {
     return by_width(p.dims.n, [&]<int kN>() { return f.template operator()<F, kN>(); });
   });
 }
@@ -137,7 +139,7 @@ const char* ssd_fwd_portable(const SsdFwd& p, const Sequences& seqs, int64_t sta
     return by_kernel(p, [&]<class F, int kN>() { return launch<F, kN>(p, seqs, states, workspace, stream); });
   const int64_t count = states * dims.h * dims.p * dims.n;
   if (!p.states_out || count == 0) return nullptr;
-  return by_factors(p.x.dtype, [&]<class F>() {
+  return by_factors(p, [&]<class F>() {
     using R = typename F::Real;
     pass_all_states<R><<<256, 256, 0, stream>>>(static_cast<const R*>(p.states_in),
                                                 static_cast<R*>(p.states_out), count, seqs);

@@ -1,55 +1,8 @@
 // SSD forward, portable: one head of one row or piece (see ssd_fwd.cu).
 #pragma once
-#include "kernels/cuda/ssd_states.h"
-#include "kernels/cuda/ssd_tile.cuh"
+#include "kernels/cuda/ssd_fwd_products.cuh"
 
 namespace mamba_ops::gpu {
-
-struct FwdArgs {
-  SsdFwd p;
-  Sequences seqs;
-  int64_t states;  // rows of states
-  Rows x, z, y, B, C;
-  SsdPieces pieces;
-};
-
-// Sizes by the bytes of a factor and the width that holds n. kBlocks: of a multiprocessor.
-template <int kBytes, int kN>
-struct FwdSizes;
-template <int N>
-struct FwdSizes<2, N> {
-  static constexpr int kQ = 64, kP = 64, kBlocks = N <= 128 ? 3 : 2;
-};
-template <int N>
-struct FwdSizes<4, N> {
-  static constexpr int kQ = 32, kP = 64, kBlocks = N <= 128 ? 3 : 2;
-};
-template <int N>
-struct FwdSizes<8, N> {
-  static constexpr int kQ = N <= 128 ? 32 : 16, kP = 32, kBlocks = 1;
-};
-
-template <class F, int kWidth>
-struct FwdTiles : FwdSizes<sizeof(typename F::Element), kWidth> {
-  using E = typename F::Element;
-  using R = typename F::Real;
-  using Sizes = FwdSizes<sizeof(E), kWidth>;
-  using Sizes::kQ, Sizes::kP;
-  static constexpr int kN = kWidth, kWarps = kP / 16, kThreads = 32 * kWarps;
-  static constexpr int kStepsWarp = kWarps - kQ / 16;  // it has the fewest pairs
-  static constexpr int kLdX = kP + F::kPadAcross, kLdP = kQ + F::kPadAlong;
-  static constexpr int kLdB = kN + F::kPadAcross, kLdC = kN + F::kPadAlong;
-  alignas(16) E B[kQ * kLdB];
-  alignas(16) E C[kQ * kLdC];
-  alignas(16) E x[2][kQ * kLdX];
-  Steps<F, kQ> steps[2];
-  struct {
-    int64_t x, z, y, B, C;
-  } first;  // where the row's first token lies
-  alignas(16) E P[kQ * kLdP];
-  alignas(16) E z[kQ * kLdX];  // allocated for z alone
-  static constexpr int bytes(bool z) { return int(z ? sizeof(FwdTiles) : offsetof(FwdTiles, z)); }
-};
 
 struct Chunk {
   int64_t begin;
@@ -57,24 +10,21 @@ struct Chunk {
 };
 
 template <class F, int kWidth>
-struct Forward {
-  using T = FwdTiles<F, kWidth>;
-  using E = typename F::Element;
-  using R = typename F::Real;
-  static constexpr int kQ = T::kQ, kP = T::kP, kN = T::kN;
+struct Forward : FwdProducts<F, kWidth> {
+  using Products = FwdProducts<F, kWidth>;
+  using Products::kN, Products::kP, Products::kQ, Products::lane, Products::state, Products::tiles,
+      Products::warp;
+  using typename Products::E, typename Products::R, typename Products::T;
 
   const FwdArgs& a;
-  T& tiles;
   int64_t row, head, piece;
   int first_p, channels;  // of the block
   int64_t piece_end, cell_end;
-  int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   HeadParameters<R> parameters;
-  R state[kN / 8][4];
 
   __device__ Forward(const FwdArgs& args, T& shared, int64_t b, int64_t h, int64_t k, int p)
-      : a(args),
-        tiles(shared),
+      : Products(shared),
+        a(args),
         row(b),
         head(h),
         piece(k),
@@ -149,56 +99,6 @@ struct Forward {
     if (a.seqs.cu_seqlens.data && end == dims.l) pass_states(k + 1, a.states);
   }
 
-  // The blocks of P on and below the diagonal.
-  __device__ void make_pairs(const Steps<F, kQ>& steps) const {
-    constexpr int kRowBlocks = kQ / 16, kColumns = kQ * kRowBlocks / T::kWarps;
-    const int block = warp % kRowBlocks, first_column = warp / kRowBlocks * kColumns;
-    R sums[kColumns / 8][4] = {};
-    const auto below = [&](int i) { return first_column / 16 + i <= block; };
-#pragma unroll 2
-    for (int k = 0; k < kN; k += 16)
-      multiply_columns<F, false>(sums, F::left(tiles.C + block * 16 * T::kLdC + k, T::kLdC),
-                                 tiles.B + first_column * T::kLdB + k, T::kLdB, below);
-    const int i = block * 16 + lane / 4;
-    const typename F::Sum s[2] = {steps.s[i], steps.s[i + 8]};
-#pragma unroll
-    for (int tile = 0; tile < kColumns / 8; ++tile) {
-      if (!below(tile / 2)) continue;
-      const int j = first_column + 8 * tile + lane % 4 * 2;
-      const typename F::Sum s_j[2] = {steps.s[j], steps.s[j + 1]};
-      const R delta[2] = {steps.delta[j], steps.delta[j + 1]};
-#pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        R pair[2];
-#pragma unroll
-        for (int k = 0; k < 2; ++k)
-          pair[k] =
-              i + 8 * half >= j + k ? sums[tile][2 * half + k] * exp2_of(s[half] - s_j[k]) * delta[k] : R(0);
-        F::store_pair(tiles.P + (i + 8 * half) * T::kLdP + j, pair[0], pair[1]);
-      }
-    }
-  }
-
-  // Y^T of this warp's channels from H, and H after the chunk. Does not read P.
-  __device__ void pass_state(const E* x, const Steps<F, kQ>& steps, R (&y)[kQ / 8][4]) {
-#pragma unroll
-    for (int k = 0; k < kN; k += 16)
-      multiply_columns<F, false>(y, F::from_sums(state[k / 8], state[k / 8 + 1]), tiles.C + k, T::kLdC);
-#pragma unroll
-    for (int tile = 0; tile < kQ / 8; ++tile) {
-      R decay[2];
-      for (int k = 0; k < 2; ++k) decay[k] = steps.from_start[8 * tile + lane % 4 * 2 + k];
-#pragma unroll
-      for (int k = 0; k < 4; ++k) y[tile][k] *= decay[k % 2];
-    }
-    scale(state, steps.decay);
-#pragma unroll 1
-    for (int k = 0; k < kQ; k += 16) {
-      const auto left = F::left_turned(x + k * T::kLdX + 16 * warp, T::kLdX);
-      multiply_columns<F, true>(state, F::weighted(left, steps.weight + k), tiles.B + k * T::kLdB, T::kLdB);
-    }
-  }
-
   // + X^T P^T, + D x, the gate; then y takes x's place in the tile, and goes out.
   __device__ void finish(E* x, const Chunk& chunk, R (&y)[kQ / 8][4]) const {
     R D[2] = {};
@@ -210,14 +110,7 @@ struct Forward {
           D[half] = load_one<R>(
               a.p.D, head * a.p.D.stride[0] +
                          (a.p.dims.D_per_channel ? (first_p + channel + 8 * half) * a.p.D.stride[1] : 0));
-#pragma unroll
-    for (int k = 0; k < kQ; k += 16) {
-      const auto left = F::left_turned(x + k * T::kLdX + 16 * warp, T::kLdX);
-      multiply_columns<F, false>(y, left, tiles.P + k, T::kLdP, [&](int i) { return i >= k / 16; });
-#pragma unroll
-      for (int i = 0; i < 8; ++i)
-        y[k / 8 + i % 4 / 2][i / 4 * 2 + i % 2] += D[i / 4] * F::term(left, i / 4, i % 4);
-    }
+    this->add_pairs(x, D, y);
     if (a.z.view.data)
 #pragma unroll
       for (int k = 0; k < kQ; k += 16) {
@@ -274,11 +167,12 @@ struct Forward {
       R dt[WarpSteps::kPerLane];
       if (warp == T::kStepsWarp) WarpSteps::load(dt, a.p, row, next.begin, head, next.tokens);
       enter(chunk);
-      make_pairs(steps);
+      this->prepare();
+      this->make_pairs(steps);
       if (warp == T::kStepsWarp)
         WarpSteps(dt, a.p.dims, parameters, next.tokens).store(tiles.steps[turn ^ 1]);
       R y[kQ / 8][4] = {};
-      pass_state(tiles.x[turn], steps, y);
+      this->pass_state(tiles.x[turn], steps, y);
       leave(chunk);
       wait_for_copies<1>();  // z
       __syncthreads();

@@ -36,11 +36,11 @@ struct StatesArgs {
   int first_direction;
 };
 
-template <class F, int kN>
+template <class F, int kN, int kTokens>
 struct StatesTiles {
   using E = typename F::Element;
   using R = typename F::Real;
-  static constexpr int kQ = kCellTokens<F, kN>;
+  static constexpr int kQ = kTokens;
   static constexpr int kLdX = kP + F::kPadAcross, kLdB = kN + F::kPadAcross;
   // A cell: the tokens that count, and their weights.
   struct Cell {
@@ -57,9 +57,9 @@ struct StatesTiles {
   static constexpr int bytes(bool z) { return int(z ? sizeof(StatesTiles) : offsetof(StatesTiles, z)); }
 };
 
-template <class F, int kN>
+template <class F, int kN, int kTokens>
 struct States {
-  using T = StatesTiles<F, kN>;
+  using T = StatesTiles<F, kN, kTokens>;
   using E = typename F::Element;
   using R = typename F::Real;
   using Cell = typename T::Cell;
@@ -200,29 +200,29 @@ struct States {
   }
 };
 
-template <class F, int kN>
+template <class F, int kN, int kTokens>
 __global__ void __launch_bounds__(kThreads, kN <= 128 && sizeof(typename F::Element) < 8 ? 2 : 1)
     ssd_chunk_states(const StatesArgs a) {
   extern __shared__ __align__(16) unsigned char memory[];
-  States<F, kN>(a, *reinterpret_cast<StatesTiles<F, kN>*>(memory), a.first_direction + blockIdx.y, blockIdx.x)
-      .run();
+  using T = StatesTiles<F, kN, kTokens>;
+  States<F, kN, kTokens>(a, *reinterpret_cast<T*>(memory), a.first_direction + blockIdx.y, blockIdx.x).run();
 }
 
-template <class F, int kN>
+template <class F, int kN, int kTokens>
 const char* launch(const StatesArgs& a, int directions, cudaStream_t stream) {
   const SsdDims& dims = a.fwd.dims;
   const int64_t blocks = a.some * dims.b * dims.h * ceil_div(dims.p, kP);
   if (blocks > INT_MAX) return "more blocks than one launch may have";
-  const int bytes = StatesTiles<F, kN>::bytes(a.first_direction + directions > 1 && a.z.view.data);
-  if (const char* error = allow_shared(ssd_chunk_states<F, kN>, bytes)) return error;
-  ssd_chunk_states<F, kN><<<dim3(unsigned(blocks), directions), kThreads, bytes, stream>>>(a);
+  const int bytes = StatesTiles<F, kN, kTokens>::bytes(a.first_direction + directions > 1 && a.z.view.data);
+  if (const char* error = allow_shared(ssd_chunk_states<F, kN, kTokens>, bytes)) return error;
+  ssd_chunk_states<F, kN, kTokens><<<dim3(unsigned(blocks), directions), kThreads, bytes, stream>>>(a);
   return launch_error();
 }
 
 const char* launch(const SsdBwd& p, const Sequences& seqs, const SsdPieces& pieces, int64_t first,
                    int64_t some, bool H, bool G, void* to_H, void* to_G, void* stream) {
   const SsdDims& dims = p.fwd.dims;
-  return by_factors(p.fwd.x.dtype, [&]<class F>() {
+  return by_factors(p.fwd, [&]<class F>() {
     const std::initializer_list<int64_t> tokens = {dims.b, dims.l, dims.h, dims.p};
     const StatesArgs a{.fwd = p.fwd,
                        .seqs = seqs,
@@ -237,7 +237,11 @@ const char* launch(const SsdBwd& p, const Sequences& seqs, const SsdPieces& piec
                        .states = {to_H, to_G},
                        .first_direction = H ? 0 : 1};
     return by_width(dims.n, [&]<int kN>() {
-      return launch<F, kN>(a, int(H) + int(G), static_cast<cudaStream_t>(stream));
+      constexpr int kMost = kCellTokens<F, kN>, kFew = std::max(kMost / 2, 16);
+      const cudaStream_t to = static_cast<cudaStream_t>(stream);
+      const int directions = int(H) + int(G);
+      return pieces.q <= kFew ? launch<F, kN, kFew>(a, directions, to)
+                              : launch<F, kN, kMost>(a, directions, to);
     });
   });
 }

@@ -96,8 +96,9 @@ __device__ inline int64_t place(const View& v, int64_t row, int64_t t, int64_t w
 
 // Tokens of a cell of the states that lie in memory, at most; a forward's are no longer.
 template <class F, int kN>
-inline constexpr int kCellTokens =
-    sizeof(typename F::Element) == 2 ? 64 : (kN <= 128 ? 64 : 32) / (sizeof(typename F::Element) / 4);
+inline constexpr int kCellTokens = sizeof(typename F::Element) == 8               ? 16
+                                   : sizeof(typename F::Element) == 4 && kN > 128 ? 32
+                                                                                  : 64;
 
 // Two neighbouring values of a row of which `left` are left.
 template <class F>
@@ -265,11 +266,11 @@ __device__ inline void pass_piece(R (&state)[kTiles][4], const SsdDims& dims, co
 
 // ---- Host
 
-// f.template operator()<F>() with the type of the factors for x's type. float16 has its range: whatever goes
-// into a product, states of cells too, must stay below 65504.
+// f.template operator()<F>() with the type of a call's factors. float16 has its range: whatever goes into a
+// product, states of cells too, must stay below 65504.
 template <class Function>
-auto by_factors(DType x, Function f) {
-  switch (x) {
+auto by_factors(const SsdFwd& p, Function f) {
+  switch (p.x.dtype) {
     case DType::bf16:
       return f.template operator()<Bf16>();
     case DType::f16:
@@ -277,7 +278,7 @@ auto by_factors(DType x, Function f) {
     case DType::f64:
       return f.template operator()<Float64>();
     default:
-      return f.template operator()<Float32>();
+      return p.dims.tf32 ? f.template operator()<Tf32>() : f.template operator()<Float32>();
   }
 }
 
