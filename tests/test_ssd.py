@@ -195,7 +195,9 @@ def test_slices_of_a_projection(device: str, n: int) -> None:
     check(OPERATOR, inputs | views)
 
 
-@pytest.mark.parametrize(("b", "l", "h", "n"), [(2, 130, 134, 64), (1, 1100, 2, 128)])
+@pytest.mark.parametrize(
+    ("b", "l", "h", "n"), [(2, 130, 134, 64), (3, 130, 89, 64), (3, 130, 89, 128), (1, 1100, 2, 128)]
+)
 def test_work_that_a_gpu_cuts(device: str, b: int, l: int, h: int, n: int) -> None:
     """More heads than multiprocessors: sequences cut between blocks; few and long ones: in segments."""
     options = {"options": WITHOUT_LIMIT, "dtype": torch.bfloat16, "device": device}

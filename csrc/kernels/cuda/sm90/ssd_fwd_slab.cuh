@@ -79,7 +79,8 @@ __device__ void scan_slab(const Maps& maps, const FwdArgs& args, const BlockPiec
     const Pair pair(args, piece.chain);
     const bool active = which < pair.count;
     const int slab = pair.slab + which, head = pair.head_of(args, which), part = slab % args.slabs;
-    const auto load_z = [&](int chunk, uint32_t i) {  // by one thread
+    const auto load_z = [&](int chunk, uint32_t i) {       // by one thread
+      if (!active) return arrive(shared.has_z(i, which));  // the phases count all chunks of the block
       arrive_and_expect(shared.has_z(i, which), kTile);
       tma_load(shared.Y(i, which), maps.z, shared.has_z(i, which), 0, chunk * kQ, part, head, pair.row);
     };
@@ -91,7 +92,7 @@ __device__ void scan_slab(const Maps& maps, const FwdArgs& args, const BlockPiec
       commit_stores();
     };
     const bool gated = args.z && active;
-    if (gated && first_thread) load_z(piece.begin, i);
+    if (args.z && first_thread) load_z(piece.begin, i);
     float D[2];
 #pragma unroll
     for (int r = 0; r < 2; ++r) D[r] = channel_D(args, head, part * 64 + 16 * warp + g + 8 * r);
@@ -143,7 +144,7 @@ __device__ void scan_slab(const Maps& maps, const FwdArgs& args, const BlockPiec
       wgmma_commit();
       if (first_thread) {
         wait_stores_read<0>();
-        if (gated && chunk + 1 < piece.end) load_z(chunk + 1, i + 1);
+        if (args.z && chunk + 1 < piece.end) load_z(chunk + 1, i + 1);
       }
       wgmma_wait<0>();
       if (args.D_per_channel) [[unlikely]]
