@@ -55,6 +55,17 @@ __device__ inline void wait_for(uint32_t barrier, uint32_t parity) {
   } while (!ended);
 }
 
+// Whether the phase has ended, without a wait.
+__device__ inline bool has_ended(uint32_t barrier, uint32_t parity) {
+  uint32_t ended;
+  asm volatile(
+      "{\n.reg .pred p;\nmbarrier.test_wait.parity.shared::cta.b64 p, [%1], %2;\nselp.b32 %0, 1, 0, p;\n}"
+      : "=r"(ended)
+      : "r"(barrier), "r"(parity)
+      : "memory");
+  return ended;
+}
+
 // Barrier number `id`, 1 to 15, among kThreads threads.
 template <int kThreads>
 __device__ inline void sync_threads(int id) {
