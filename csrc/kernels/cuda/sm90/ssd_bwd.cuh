@@ -28,12 +28,14 @@ struct SsdBwdMaps {
 struct SsdBwdArgs {
   SsdBwd p;
   Sequences seqs;
-  int b, l, h, groups;
-  int tiles, chunks;     // of a row
-  int sharing;           // heads of a group
-  int heads, blocks;     // of a block of heads; blocks of a group
-  int parts;             // of the last launch's sums over the tokens of a head
-  int chains, segments;  // of the states; segments of a chain
+  int b, l, h;
+  int tiles, chunks;             // of a row
+  int heads_per_B, heads_per_C;  // heads that read one group
+  int sharing, shares;           // neighbouring heads that read the same B and C; such runs of heads
+  int heads, blocks;             // of a block of heads; blocks of a share
+  int blocks_B, blocks_C;        // that add to one group of dB, of dC
+  int parts;                     // of the last launch's sums over the tokens of a head
+  int chains, segments;          // of the states; segments of a chain
   // Workspace; (b h): row * h + head.
   uint64_t* starts;  // (b, 2 chunks) of 64 tokens: the tokens at which runs begin; null: rows are one run
   uint8_t* states;   // (b h, chunks, H and G, n / 64, 64, 64) as wgmma reads them
@@ -42,7 +44,7 @@ struct SsdBwdArgs {
   float* anchors;    // (b h, chunks, 4): v of each warp
   float* D;          // (h, 64); null without D
   float* skips;      // of each warp, its sum of dy o x: (b h, tiles, 4), of D per channel (b h, tiles, 4, 64)
-  float* partial_BC;  // (blocks g, b, tiles * 64, dB and dC, n); unused where there is one block
+  float* partial_BC;  // (blocks of shares, b, tiles * 64, dB and dC, n); unused where a group is one block
   double* partial_h;  // (parts, h, 2 + 64): dA, ddt_bias, dD per channel
   int* arrived;       // (h): parts that are done
   int* ticket;        // blocks of the states that run; then flags
@@ -50,6 +52,7 @@ struct SsdBwdArgs {
   float* ends;        // (segments, chains, 2, 64 n): states walked from nothing, and the decays; unused where
   float* decays;      // there is one segment
 
+  __host__ __device__ bool sums_blocks() const { return blocks_B > 1 || blocks_C > 1; }
   __device__ int64_t row_head(int row, int head) const { return int64_t(row) * h + head; }
   __host__ __device__ int64_t ends_count() const { return int64_t(segments) * chains * 2; }
   __device__ uint64_t starts_of(int row, int tile) const {

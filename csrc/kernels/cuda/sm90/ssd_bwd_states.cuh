@@ -34,7 +34,7 @@ struct StatesShared {
   static constexpr int kBytes = kBarriers + 2 * kStateStages * 8 + 1024;
 };
 
-// A segment of a chain. The blocks: direction fastest, then pairs of heads, groups, rows, segments.
+// A segment of a chain. The blocks: direction fastest, then pairs of heads, shares, rows, segments.
 struct Chain {
   bool reverse;
   int row, head, heads, number, segment;
@@ -46,9 +46,9 @@ struct Chain {
     segment = block / a.chains;
     number = block % a.chains;
     reverse = number % 2;
-    const int pair = number / 2 % pairs, group = number / 2 / pairs % a.groups;
-    row = number / 2 / pairs / a.groups;
-    head = group * a.sharing + pair * kStateHeads;
+    const int pair = number / 2 % pairs, share = number / 2 / pairs % a.shares;
+    row = number / 2 / pairs / a.shares;
+    head = share * a.sharing + pair * kStateHeads;
     heads = min(kStateHeads, a.sharing - pair * kStateHeads);
     const auto first = [&](int segment) { return int(int64_t(a.tiles) * segment / a.segments); };
     begin = first(segment);
@@ -74,11 +74,12 @@ __device__ inline void load_tile(const SsdBwdMaps& maps, const SsdBwdArgs& a, co
   using Shared = StatesShared<kN>;
   const CUtensorMap &factor = chain.reverse ? maps.C : maps.B, &tokens = chain.reverse ? maps.dy : maps.x;
   const int stage = i % kStateStages, t = chain.tile(a, i) * kTile;
+  const int group = chain.head / (chain.reverse ? a.heads_per_C : a.heads_per_B);
   const uint32_t to = base + stage * Shared::kStage, ready = base + Shared::kBarriers + 8 * stage;
   wait_for(ready + 8 * kStateStages, i / kStateStages % 2 ^ 1);
   arrive_and_expect(ready, kFactorBytes<kN> + chain.heads * (kTileBytes + kStepBytes));
   for (int slab = 0; slab < kN / 64; ++slab)
-    tma_load(to + slab * kTileBytes, factor, ready, slab * 64, t, chain.head / a.sharing, chain.row);
+    tma_load(to + slab * kTileBytes, factor, ready, slab * 64, t, group, chain.row);
   for (int k = 0; k < chain.heads; ++k) {
     tma_load(to + Shared::kTokens + k * kTileBytes, tokens, ready, 0, t, chain.head + k, chain.row);
     const int64_t chunk = a.row_head(chain.row, chain.head + k) * a.chunks + t / kChunk;
