@@ -257,8 +257,9 @@ __device__ inline void ldmatrix(uint32_t (&to)[4], uint32_t address) {
 
 // ---- registers
 
-// A value that stays in its register: otherwise what is cheap to name but slow to get, as threadIdx.x is, may
-// be worked out again wherever it is used.
+// A value of which the compiler knows nothing but its register. What is cheap to name but slow to get, as
+// threadIdx.x is, is not got again wherever it is used; and where registers are short, what is made of the
+// value is made there, not before the loop and kept.
 template <class I>
 __device__ inline I kept(I value) {
   asm volatile("" : "+r"(value));

@@ -138,7 +138,7 @@ SsdBwdArgs arguments(const SsdBwd& p, const Sequences& seqs) {
   a.parts = int(std::clamp<int64_t>(dims.b * a.chunks / 2, 1, 128));
   // Segments where chains leave SMs idle. Two would gain nothing: all but the last are walked twice.
   a.chains = int(2 * ceil_div(a.sharing, kStateHeads) * a.shares * a.b);
-  a.segments = std::min(2 * kSms / a.chains, a.tiles / 4);
+  a.segments = std::min(kSms / a.chains, a.tiles / 4);
   if (a.segments < 3) a.segments = 1;
   return a;
 }

@@ -13,6 +13,7 @@ constexpr int kTileBytes = kTile * 128;
 constexpr int kChunk = 2 * kTile;
 constexpr int kStepBytes = 2 * kChunk * int(sizeof(float));  // delta and s of a chunk
 constexpr int kWarpgroup = 128;
+constexpr int kStateHeads = 4;  // of a block that makes states
 template <int kN>
 constexpr int kFactorBytes = kN / 64 * kTileBytes;  // of a tile of B or C, and of a state
 
@@ -48,13 +49,13 @@ struct SsdBwdArgs {
   double* partial_h;  // (parts, h, 2 + 64): dA, ddt_bias, dD per channel
   int* arrived;       // (h): parts that are done
   int* ticket;        // blocks of the states that run; then flags
-  int* flags;         // (segments, chains, 2 heads): the segment's end is there
-  float* ends;        // (segments, chains, 2, 64 n): states walked from nothing, and the decays; unused where
-  float* decays;      // there is one segment
+  int* flags;         // (segments, chains, kStateHeads): the segment's end is there
+  float* ends;        // (segments, chains, kStateHeads, 64 n): states walked from nothing; unused where there
+  float* decays;      // is one segment, as are their decays
 
   __host__ __device__ bool sums_blocks() const { return blocks_B > 1 || blocks_C > 1; }
   __device__ int64_t row_head(int row, int head) const { return int64_t(row) * h + head; }
-  __host__ __device__ int64_t ends_count() const { return int64_t(segments) * chains * 2; }
+  __host__ __device__ int64_t ends_count() const { return int64_t(segments) * chains * kStateHeads; }
   __device__ uint64_t starts_of(int row, int tile) const {
     return starts ? starts[int64_t(row) * 2 * chunks + tile] : 0;
   }
@@ -88,7 +89,7 @@ using Fragments = uint32_t[4][4];
 // The address, in a tile, of this lane's row of the first of four 8 x 8 matrices: (rows + 0, columns + 0),
 // (+ 8, + 0), (+ 0, + 8), (+ 8, + 8), from row 16 w; those of columns + 16 k lie at `^ 32 k`.
 __device__ inline uint32_t fragment_address(uint32_t tile, int w) {
-  const int lane = threadIdx.x % 32, row = 16 * w + lane % 16;
+  const int lane = kept(threadIdx.x % 32), row = 16 * w + lane % 16;
   return tile + row * 128 + ((lane / 16 ^ row % 8) << 4);
 }
 __device__ inline void load_fragments(Fragments& a, uint32_t tile, int w) {
