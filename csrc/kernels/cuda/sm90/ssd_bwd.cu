@@ -22,7 +22,8 @@
 // Workspace: 2.2 times x at n = 128 (per token and head 256 bytes of states and 25 of steps and sums), at any
 // length; a gate adds one x, segments at most 17 MiB.
 //
-// Measured on an H100 (copy 2.98 TB/s; bf16, D, dt_bias, softplus; ms, medians, L2 flushed):
+// Measured on an H100 (copy 2.98 TB/s; bf16, D, dt_bias, softplus; ms, medians, L2 flushed), the states by
+// two heads a block and two stages, not the four and three of now:
 //   b l h groups (n = 128)   whole   steps   states   chunks   reduce
 //   4 4096 80 1              0.78    0.015   0.31     0.42     0.030   (packed: 0.81)
 //   8 2048 24 1              0.26    0.013   0.09     0.14     0.014
