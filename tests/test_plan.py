@@ -47,6 +47,31 @@ def test_the_scan_s_kernels(dtype: torch.dtype, sizes: dict[str, int], kernel: s
     assert (plan["kernel"], plan["backward"]) == (kernel, kernel)
 
 
+def on_hopper() -> bool:
+    with_kernels = "90a" in _C.build_info().get("cuda_architectures", "")
+    return with_kernels and torch.cuda.is_available() and torch.cuda.get_device_capability()[0] == 9
+
+
+@pytest.mark.parametrize(
+    ("dtype", "sizes", "kernel", "backward"),
+    [
+        (torch.bfloat16, {"n": 128}, "hopper", "hopper"),
+        (torch.float16, {"n": 64, "g": 4}, "hopper", "hopper"),
+        (torch.bfloat16, {"n": 96}, "hopper", "portable"),
+        (torch.bfloat16, {"n": 64, "p": 128}, "hopper", "portable"),
+        (torch.bfloat16, {"n": 64, "p": 24}, "portable", "portable"),
+        (torch.float32, {"n": 128}, "portable", "portable"),
+    ],
+)
+def test_the_ssd_s_kernels_on_hopper(
+    dtype: torch.dtype, sizes: dict[str, int], kernel: str, backward: str
+) -> None:
+    if not on_hopper():
+        pytest.skip("no Hopper GPU, or none of its kernels built")
+    plan = mamba_ops.plan("ssd", "cuda", dtype, **{"b": 2, "l": 64, "h": 8, "p": 64} | sizes)
+    assert (plan["kernel"], plan["backward"]) == (f"cuda {kernel}", f"cuda {backward}")
+
+
 @built_with_cuda
 def test_the_portable_kernels_can_be_forced() -> None:
     _C.set_cuda_path("portable")

@@ -126,31 +126,36 @@ def test_the_sizes_of_a_layer(device: str, dtype: torch.dtype) -> None:
     check(OPERATOR, cases.ssd(1, 150, 3, 64, 128, **options))
 
 
+@pytest.mark.parametrize("options", [WITHOUT_GATE, WITHOUT_LIMIT])
 @pytest.mark.parametrize("decay", ["weak", "strong"])
 @pytest.mark.parametrize("l", [1, 64, 129, 200])
 @pytest.mark.parametrize("n", [64, 128])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_tiles_of_tensor_cores(device: str, dtype: torch.dtype, n: int, l: int, decay: str) -> None:
-    """The sizes and options for which Hopper has a backward of its own."""
-    options = {"options": WITHOUT_GATE, "decay": decay, "dtype": dtype, "device": device}
-    check(OPERATOR, cases.ssd(2, l, 3, 64, n, **options))
+def test_tiles_of_tensor_cores(
+    device: str, dtype: torch.dtype, n: int, l: int, decay: str, options: tuple[str, ...]
+) -> None:
+    """The sizes for which Hopper has a backward of its own."""
+    inputs = cases.ssd(2, l, 3, 64, n, options=options, decay=decay, dtype=dtype, device=device)
+    check(OPERATOR, inputs)
 
 
-@pytest.mark.parametrize("groups", [1, 2, 6])
+@pytest.mark.parametrize("groups", [(1, 1), (2, 2), (6, 6), (1, 6), (6, 2), (2, 3)])
 @pytest.mark.parametrize("D_per_channel", [False, True])
 @pytest.mark.parametrize("params", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("layout", ["contiguous", "projected"])
 def test_groups_and_layouts_of_tensor_cores(
-    device: str, params: torch.dtype, D_per_channel: bool, groups: int
+    device: str, layout: str, params: torch.dtype, D_per_channel: bool, groups: tuple[int, int]
 ) -> None:
-    options = {"options": WITHOUT_GATE, "dtype": torch.bfloat16, "params": params, "device": device}
-    options |= {"groups": (groups, groups), "D_per_channel": D_per_channel, "layout": "projected"}
+    """Projected: not aligned, for the portable kernels."""
+    options = {"options": WITHOUT_LIMIT, "dtype": torch.bfloat16, "params": params, "device": device}
+    options |= {"groups": groups, "D_per_channel": D_per_channel, "layout": layout}
     inputs = cases.ssd(2, 150, 6, 64, 64, **options)
     check(OPERATOR, inputs)
     check(OPERATOR, inputs | {"dt": inputs["dt"].float()})
 
 
 def test_tensor_cores_repeat_bitwise(device: str) -> None:
-    inputs = cases.ssd(1, 300, 6, 64, 128, options=WITHOUT_GATE, dtype=torch.bfloat16, device=device)
+    inputs = cases.ssd(1, 300, 6, 64, 128, options=WITHOUT_LIMIT, dtype=torch.bfloat16, device=device)
     first, second = (evaluate(mamba_ops.ssd, inputs, ("y", "final_state")) for _ in range(2))
     assert all(torch.equal(first[name], second[name]) for name in first)
 
@@ -195,6 +200,15 @@ def test_slices_of_a_projection(device: str, n: int) -> None:
     for name, part in zip(names, parts, strict=False):
         views[name] = part.unflatten(2, inputs[name].shape[2:])
     check(OPERATOR, inputs | views)
+
+
+@pytest.mark.parametrize("offset", [1, 2, 4])
+def test_states_off_their_alignment(device: str, offset: int) -> None:
+    """A contiguous state may begin at any of its elements."""
+    inputs = cases.ssd(1, 70, 2, 64, 64, options=WITHOUT_LIMIT, dtype=torch.bfloat16, device=device)
+    state = inputs["initial_state"]
+    inputs["initial_state"] = torch.cat([state.new_zeros(offset), state.flatten()])[offset:].view_as(state)
+    check(OPERATOR, inputs)
 
 
 @pytest.mark.parametrize(

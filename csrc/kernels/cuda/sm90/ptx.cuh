@@ -55,6 +55,17 @@ __device__ inline void wait_for(uint32_t barrier, uint32_t parity) {
   } while (!ended);
 }
 
+// Whether the phase has ended, without a wait.
+__device__ inline bool has_ended(uint32_t barrier, uint32_t parity) {
+  uint32_t ended;
+  asm volatile(
+      "{\n.reg .pred p;\nmbarrier.test_wait.parity.shared::cta.b64 p, [%1], %2;\nselp.b32 %0, 1, 0, p;\n}"
+      : "=r"(ended)
+      : "r"(barrier), "r"(parity)
+      : "memory");
+  return ended;
+}
+
 // Barrier number `id`, 1 to 15, among kThreads threads.
 template <int kThreads>
 __device__ inline void sync_threads(int id) {
@@ -246,8 +257,9 @@ __device__ inline void ldmatrix(uint32_t (&to)[4], uint32_t address) {
 
 // ---- registers
 
-// A value that stays in its register: otherwise what is cheap to name but slow to get, as threadIdx.x is, may
-// be worked out again wherever it is used.
+// A value of which the compiler knows nothing but its register. What is cheap to name but slow to get, as
+// threadIdx.x is, is not got again wherever it is used; and where registers are short, what is made of the
+// value is made there, not before the loop and kept.
 template <class I>
 __device__ inline I kept(I value) {
   asm volatile("" : "+r"(value));

@@ -1,6 +1,5 @@
 // SSD, backward on Hopper (math: kernels/ssd.h and, step by step, the headers of the launches). p = 64, n =
-// 64 or 128, bfloat16 or float16, no gate, no states of packed sequences; other calls are the portable
-// kernels'.
+// 64 or 128, bfloat16 or float16, no states of packed sequences; other calls are the portable kernels'.
 //
 // Four launches, nothing saved but the inputs:
 //   steps    delta and the sums s of every token (and D in float32), so that no other launch reads dt
@@ -8,6 +7,8 @@
 //            state at its right edge by the reversed one, in 16 bits; few chains over long rows in segments
 //   chunks   a block of heads and 64 tokens at a time: dx; dB, dC, the sums for the steps, per block of heads
 //   reduce   ddt, and the sums over tokens (dA, ddt_bias, dD) and over blocks of heads (dB, dC)
+//
+// With a gate the forward runs first, without it, for o; then a launch puts the gradient of o in its place.
 //
 // Chunks are 128 tokens for the states, which halves their traffic, and 64 for everything else, so that what
 // the heads of a group add up to (dB, dC, dCB) fits in registers.
@@ -19,9 +20,10 @@
 //              bytes a cycle 2700 cycles, the next wall after what is measured below
 //
 // Workspace: 2.2 times x at n = 128 (per token and head 256 bytes of states and 25 of steps and sums), at any
-// length; segments add at most 17 MiB.
+// length; a gate adds one x, segments at most 17 MiB.
 //
-// Measured on an H100 (copy 2.98 TB/s; bf16, D, dt_bias, softplus; ms, medians, L2 flushed):
+// Measured on an H100 (copy 2.98 TB/s; bf16, D, dt_bias, softplus; ms, medians, L2 flushed), the states by
+// two heads a block and two stages, not the four and three of now:
 //   b l h groups (n = 128)   whole   steps   states   chunks   reduce
 //   4 4096 80 1              0.78    0.015   0.31     0.42     0.030   (packed: 0.81)
 //   8 2048 24 1              0.26    0.013   0.09     0.14     0.014
@@ -40,6 +42,7 @@
 
 #include "kernels/cuda/device.h"
 #include "kernels/cuda/sm90/ssd_bwd_edges.cuh"
+#include "kernels/cuda/sm90/ssd_bwd_gate.cuh"
 #include "kernels/cuda/sm90/ssd_bwd_inputs.cuh"
 #include "kernels/cuda/sm90/ssd_bwd_pairs.cuh"
 #include "kernels/cuda/sm90/ssd_bwd_reduce.cuh"
@@ -100,12 +103,12 @@ struct Workspace {
 
 // Heads of a block such that the blocks fill the SMs in whole turns; entering a tile costs about as much as
 // two heads.
-int heads_of_block(int64_t tiles, int groups, int sharing) {
+int heads_of_block(int64_t tiles, int shares, int sharing) {
   int best = sharing;
   double best_cost = INFINITY;
   for (int blocks = 1; blocks <= sharing; ++blocks) {
     const int heads = int(ceil_div(sharing, blocks));
-    const double cost = double(ceil_div(tiles * groups * ceil_div(sharing, heads), kSms)) * (heads + 2);
+    const double cost = double(ceil_div(tiles * shares * ceil_div(sharing, heads), kSms)) * (heads + 2);
     if (cost < 0.98 * best_cost) {
       best_cost = cost;
       best = heads;
@@ -123,16 +126,20 @@ SsdBwdArgs arguments(const SsdBwd& p, const Sequences& seqs) {
   a.b = int(dims.b);
   a.l = int(dims.l);
   a.h = int(dims.h);
-  a.groups = int(dims.groups_B);
   a.tiles = int(ceil_div(dims.l, kTile));
   a.chunks = int(ceil_div(dims.l, kChunk));
-  a.sharing = int(dims.h / dims.groups_B);
-  a.heads = heads_of_block(dims.b * a.tiles, a.groups, a.sharing);
+  a.heads_per_B = int(dims.h / dims.groups_B);
+  a.heads_per_C = int(dims.h / dims.groups_C);
+  a.sharing = int(dims.sharing());
+  a.shares = a.h / a.sharing;
+  a.heads = heads_of_block(dims.b * a.tiles, a.shares, a.sharing);
   a.blocks = int(ceil_div(a.sharing, a.heads));
+  a.blocks_B = a.heads_per_B / a.sharing * a.blocks;
+  a.blocks_C = a.heads_per_C / a.sharing * a.blocks;
   a.parts = int(std::clamp<int64_t>(dims.b * a.chunks / 2, 1, 128));
   // Segments where chains leave SMs idle. Two would gain nothing: all but the last are walked twice.
-  a.chains = int(2 * ceil_div(a.sharing, kStateHeads) * a.groups * a.b);
-  a.segments = std::min(2 * kSms / a.chains, a.tiles / 4);
+  a.chains = int(2 * ceil_div(a.sharing, kStateHeads) * a.shares * a.b);
+  a.segments = std::min(kSms / a.chains, a.tiles / 4);
   if (a.segments < 3) a.segments = 1;
   return a;
 }
@@ -153,8 +160,8 @@ Workspace workspace(const SsdBwdArgs& a) {
   at.anchors = take(heads * a.chunks * 4 * sizeof(float));
   at.D = take(a.h * kTile * sizeof(float));
   at.skips = take(heads * a.tiles * 4 * (a.p.fwd.dims.D_per_channel ? kTile : 1) * sizeof(float));
-  at.partial_BC =
-      take(a.blocks > 1 ? int64_t(a.blocks) * a.groups * a.b * a.tiles * kTile * 2 * n * sizeof(float) : 0);
+  at.partial_BC = take(
+      a.sums_blocks() ? int64_t(a.blocks) * a.shares * a.b * a.tiles * kTile * 2 * n * sizeof(float) : 0);
   at.partial_h = take(int64_t(a.parts) * a.h * kHeadSums * sizeof(double));
   at.arrived = take(a.h * sizeof(int));
   if (a.segments > 1) {
@@ -204,10 +211,10 @@ const char* launch(const SsdBwdMaps& maps, const SsdBwdArgs& a, cudaStream_t str
   const auto chunks = a.starts ? ssd_bwd_chunks<T, kN, true> : ssd_bwd_chunks<T, kN, false>;
   if (const char* error = allow_shared(states, kStatesBytes)) return error;
   if (const char* error = allow_shared(chunks, kChunksBytes)) return error;
-  const int64_t items = int64_t(a.tiles) * a.b * a.blocks * a.groups;
+  const int64_t items = int64_t(a.tiles) * a.b * a.blocks * a.shares;
   const int64_t step_blocks = ceil_div(a.h, kStepHeads) * a.chunks * a.b;
   const int64_t sum_blocks = ceil_div(a.h, kReduceHeads) * a.parts,
-                factor_blocks = a.blocks > 1 ? 2 * kSms : 0;
+                factor_blocks = a.sums_blocks() ? 2 * kSms : 0;
   const bool wide_steps = a.p.fwd.dt.dtype == DType::f32;
   const auto steps = wide_steps ? ssd_bwd_steps<float> : ssd_bwd_steps<T>;
   const auto reduce = wide_steps ? ssd_bwd_reduce<T, float> : ssd_bwd_reduce<T, T>;
@@ -218,42 +225,7 @@ const char* launch(const SsdBwdMaps& maps, const SsdBwdArgs& a, cudaStream_t str
   return launch_error();
 }
 
-}  // namespace
-
-}  // namespace gpu::sm90
-
-bool ssd_bwd_hopper_takes(const SsdBwd& p, const Sequences& seqs) {
-  using namespace gpu::sm90;
-  const SsdFwd& f = p.fwd;
-  const SsdDims& dims = f.dims;
-  const DType type = f.x.dtype;
-  if ((type != DType::bf16 && type != DType::f16) || f.B.dtype != type || f.C.dtype != type ||
-      p.dy.dtype != type || p.dx.dtype != type || f.z || dims.p != kTile || (dims.n != 64 && dims.n != 128) ||
-      dims.groups_B != dims.groups_C)
-    return false;
-  // In a pack every sequence has states of its own: chunks that straddle sequences cannot carry them.
-  if (seqs.cu_seqlens.data && (f.states_in || p.dstates_out)) return false;
-  const auto reachable = [&](const View& v, int64_t inner, int64_t middle) {
-    return can_map(v.data, token_dims(v, inner, dims, middle, kTile).dim, 4);
-  };
-  if (!reachable(f.x, dims.p, dims.h) || !reachable(p.dy, dims.p, dims.h) ||
-      !reachable(p.dx, dims.p, dims.h) || !reachable(f.B, dims.n, dims.groups_B) ||
-      !reachable(f.C, dims.n, dims.groups_C) || !reachable(p.dB, dims.n, dims.groups_B) ||
-      !reachable(p.dC, dims.n, dims.groups_C))
-    return false;
-  // Tokens, tiles and blocks are counted in 32 bits.
-  const int64_t blocks = dims.b * ceil_div(dims.l, kTile) * dims.h;
-  if (dims.l >= int64_t(1) << 30 || blocks >= int64_t(1) << 30) return false;
-  return gpu::device_attribute(cudaDevAttrComputeCapabilityMajor) == 9;
-}
-
-int64_t ssd_bwd_hopper_workspace(const SsdBwd& p, const Sequences& seqs, int64_t) {
-  using namespace gpu::sm90;
-  return workspace(arguments(p, seqs)).bytes;
-}
-
-const char* ssd_bwd_hopper(const SsdBwd& p, const Sequences& seqs, int64_t, void* memory, void* cuda_stream) {
-  using namespace gpu::sm90;
+const char* run(const SsdBwd& p, const Sequences& seqs, void* memory, cudaStream_t stream) {
   SsdBwdMaps maps;
   if (const char* error = make_maps(maps, p)) return error;
   SsdBwdArgs a = arguments(p, seqs);
@@ -273,11 +245,88 @@ const char* ssd_bwd_hopper(const SsdBwd& p, const Sequences& seqs, int64_t, void
   a.flags = a.ticket + 1;
   a.ends = reinterpret_cast<float*>(base + at.ends);
   a.decays = reinterpret_cast<float*>(base + at.decays);
-  const cudaStream_t stream = static_cast<cudaStream_t>(cuda_stream);
   const bool is_bf16 = p.fwd.x.dtype == DType::bf16;
   if (p.fwd.dims.n == 128)
     return is_bf16 ? launch<bf16, 128>(maps, a, stream) : launch<f16, 128>(maps, a, stream);
   return is_bf16 ? launch<bf16, 64>(maps, a, stream) : launch<f16, 64>(maps, a, stream);
+}
+
+// A call without its gate; dy is the gradient of o, and before that o itself.
+struct Ungated {
+  SsdBwd call;
+  int64_t bytes;  // of o
+
+  Ungated(const SsdBwd& p, void* o) : call(p) {
+    const SsdDims& dims = p.fwd.dims;
+    call.fwd.z = call.dz = {};
+    call.dy = {o, p.dy.dtype, {dims.l * dims.h * dims.p, dims.h * dims.p, dims.p, 1}};
+    bytes = ceil_div(dims.b * dims.l * dims.h * dims.p * 2, 256) * 256;
+  }
+  SsdFwd forward() const {
+    SsdFwd fwd = call.fwd;
+    fwd.y = call.dy;
+    return fwd;
+  }
+};
+
+const char* pass_gate(const SsdBwd& p, const View& o, cudaStream_t stream) {
+  const SsdDims& dims = p.fwd.dims;
+  const SsdGateArgs args = {o, p.dy, p.fwd.z, p.dz, dims.b, dims.l, int(dims.h)};
+  const auto gate = p.dy.dtype == DType::bf16 ? ssd_bwd_gate<bf16> : ssd_bwd_gate<f16>;
+  gate<<<unsigned(ceil_div(dims.b * dims.l, kGateWarps)), 32 * kGateWarps, 0, stream>>>(args);
+  return launch_error();
+}
+
+}  // namespace
+
+}  // namespace gpu::sm90
+
+bool ssd_bwd_hopper_takes(const SsdBwd& p, const Sequences& seqs) {
+  using namespace gpu::sm90;
+  const SsdFwd& f = p.fwd;
+  const SsdDims& dims = f.dims;
+  const DType type = f.x.dtype;
+  if ((type != DType::bf16 && type != DType::f16) || f.B.dtype != type || f.C.dtype != type ||
+      p.dy.dtype != type || p.dx.dtype != type || dims.p != kTile || (dims.n != 64 && dims.n != 128))
+    return false;
+  // In a pack every sequence has states of its own: chunks that straddle sequences cannot carry them.
+  if (seqs.cu_seqlens.data && (f.states_in || p.dstates_out)) return false;
+  const auto reachable = [&](const View& v, int64_t inner, int64_t middle) {
+    return can_map(v.data, token_dims(v, inner, dims, middle, kTile).dim, 4);
+  };
+  if (!reachable(f.x, dims.p, dims.h) || !reachable(p.dy, dims.p, dims.h) ||
+      !reachable(p.dx, dims.p, dims.h) || !reachable(f.B, dims.n, dims.groups_B) ||
+      !reachable(f.C, dims.n, dims.groups_C) || !reachable(p.dB, dims.n, dims.groups_B) ||
+      !reachable(p.dC, dims.n, dims.groups_C))
+    return false;
+  if (f.z && (f.z.dtype != type || !reachable(f.z, dims.p, dims.h) || !reachable(p.dz, dims.p, dims.h) ||
+              !ssd_fwd_hopper_takes(Ungated(p, nullptr).forward(), seqs)))
+    return false;
+  for (const void* states : {f.states_in, p.dstates_out})
+    if (reinterpret_cast<uintptr_t>(states) % sizeof(float2)) return false;
+  // Tokens, tiles and blocks are counted in 32 bits.
+  const int64_t blocks = dims.b * ceil_div(dims.l, kTile) * dims.h;
+  if (dims.l >= int64_t(1) << 30 || blocks >= int64_t(1) << 30) return false;
+  return gpu::device_attribute(cudaDevAttrComputeCapabilityMajor) == 9;
+}
+
+int64_t ssd_bwd_hopper_workspace(const SsdBwd& p, const Sequences& seqs, int64_t states) {
+  using namespace gpu::sm90;
+  const int64_t bytes = workspace(arguments(p, seqs)).bytes;
+  if (!p.fwd.z) return bytes;
+  const Ungated inner(p, nullptr);
+  return inner.bytes + std::max(bytes, ssd_fwd_hopper_workspace(inner.forward(), seqs, states));
+}
+
+const char* ssd_bwd_hopper(const SsdBwd& p, const Sequences& seqs, int64_t states, void* memory,
+                           void* cuda_stream) {
+  using namespace gpu::sm90;
+  if (!p.fwd.z) return run(p, seqs, memory, static_cast<cudaStream_t>(cuda_stream));
+  const Ungated inner(p, memory);
+  void* rest = static_cast<uint8_t*>(memory) + inner.bytes;
+  if (const char* error = ssd_fwd_hopper(inner.forward(), seqs, states, rest, cuda_stream)) return error;
+  if (const char* error = pass_gate(p, inner.call.dy, static_cast<cudaStream_t>(cuda_stream))) return error;
+  return run(inner.call, seqs, rest, static_cast<cudaStream_t>(cuda_stream));
 }
 
 }  // namespace mamba_ops

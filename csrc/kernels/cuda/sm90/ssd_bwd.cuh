@@ -13,6 +13,7 @@ constexpr int kTileBytes = kTile * 128;
 constexpr int kChunk = 2 * kTile;
 constexpr int kStepBytes = 2 * kChunk * int(sizeof(float));  // delta and s of a chunk
 constexpr int kWarpgroup = 128;
+constexpr int kStateHeads = 4;  // of a block that makes states
 template <int kN>
 constexpr int kFactorBytes = kN / 64 * kTileBytes;  // of a tile of B or C, and of a state
 
@@ -28,12 +29,14 @@ struct SsdBwdMaps {
 struct SsdBwdArgs {
   SsdBwd p;
   Sequences seqs;
-  int b, l, h, groups;
-  int tiles, chunks;     // of a row
-  int sharing;           // heads of a group
-  int heads, blocks;     // of a block of heads; blocks of a group
-  int parts;             // of the last launch's sums over the tokens of a head
-  int chains, segments;  // of the states; segments of a chain
+  int b, l, h;
+  int tiles, chunks;             // of a row
+  int heads_per_B, heads_per_C;  // heads that read one group
+  int sharing, shares;           // neighbouring heads that read the same B and C; such runs of heads
+  int heads, blocks;             // of a block of heads; blocks of a share
+  int blocks_B, blocks_C;        // that add to one group of dB, of dC
+  int parts;                     // of the last launch's sums over the tokens of a head
+  int chains, segments;          // of the states; segments of a chain
   // Workspace; (b h): row * h + head.
   uint64_t* starts;  // (b, 2 chunks) of 64 tokens: the tokens at which runs begin; null: rows are one run
   uint8_t* states;   // (b h, chunks, H and G, n / 64, 64, 64) as wgmma reads them
@@ -42,16 +45,17 @@ struct SsdBwdArgs {
   float* anchors;    // (b h, chunks, 4): v of each warp
   float* D;          // (h, 64); null without D
   float* skips;      // of each warp, its sum of dy o x: (b h, tiles, 4), of D per channel (b h, tiles, 4, 64)
-  float* partial_BC;  // (blocks g, b, tiles * 64, dB and dC, n); unused where there is one block
+  float* partial_BC;  // (blocks of shares, b, tiles * 64, dB and dC, n); unused where a group is one block
   double* partial_h;  // (parts, h, 2 + 64): dA, ddt_bias, dD per channel
   int* arrived;       // (h): parts that are done
   int* ticket;        // blocks of the states that run; then flags
-  int* flags;         // (segments, chains, 2 heads): the segment's end is there
-  float* ends;        // (segments, chains, 2, 64 n): states walked from nothing, and the decays; unused where
-  float* decays;      // there is one segment
+  int* flags;         // (segments, chains, kStateHeads): the segment's end is there
+  float* ends;        // (segments, chains, kStateHeads, 64 n): states walked from nothing; unused where there
+  float* decays;      // is one segment, as are their decays
 
+  __host__ __device__ bool sums_blocks() const { return blocks_B > 1 || blocks_C > 1; }
   __device__ int64_t row_head(int row, int head) const { return int64_t(row) * h + head; }
-  __host__ __device__ int64_t ends_count() const { return int64_t(segments) * chains * 2; }
+  __host__ __device__ int64_t ends_count() const { return int64_t(segments) * chains * kStateHeads; }
   __device__ uint64_t starts_of(int row, int tile) const {
     return starts ? starts[int64_t(row) * 2 * chunks + tile] : 0;
   }
@@ -85,7 +89,7 @@ using Fragments = uint32_t[4][4];
 // The address, in a tile, of this lane's row of the first of four 8 x 8 matrices: (rows + 0, columns + 0),
 // (+ 8, + 0), (+ 0, + 8), (+ 8, + 8), from row 16 w; those of columns + 16 k lie at `^ 32 k`.
 __device__ inline uint32_t fragment_address(uint32_t tile, int w) {
-  const int lane = threadIdx.x % 32, row = 16 * w + lane % 16;
+  const int lane = kept(threadIdx.x % 32), row = 16 * w + lane % 16;
   return tile + row * 128 + ((lane / 16 ^ row % 8) << 4);
 }
 __device__ inline void load_fragments(Fragments& a, uint32_t tile, int w) {

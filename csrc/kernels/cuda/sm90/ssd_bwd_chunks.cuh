@@ -1,11 +1,11 @@
 // Everything else, chunk by chunk and head by head, given H, G and the steps.
 //
-// A block takes tiles of 64 tokens, half 0 or half 1 of a chunk, each for a block of heads of one group, in
-// turn. What the heads add up to stays in registers: dB and dC of the tile, and dCB of its two squares of
-// pairs (j <= i): the tile with itself, and the tile with the other half of its chunk (half 0: own j, other
-// i; half 1: own i, other j). C B^T of both squares is computed once, and kept in shared memory.
-// Per head, s counted from the chunk's first token, T its end, D_ij = dy_i . x_j, by three warpgroups and a
-// warp that loads:
+// A block takes tiles of 64 tokens, half 0 or half 1 of a chunk, each for a block of heads that share B and
+// C, in turn. What the heads add up to stays in registers: dB and dC of the tile, and dCB of its two squares
+// of pairs (j <= i): the tile with itself, and the tile with the other half of its chunk (half 0: own j,
+// other i; half 1: own i, other j). C B^T of both squares is computed once, and kept in shared memory. Per
+// head, s counted from the chunk's first token, T its end, D_ij = dy_i . x_j, by three warpgroups and a warp
+// that loads:
 //
 //   pairs   P = CB o L;  dCB += delta_j D o L;  W = delta_j D o P and its row and column sums
 //           kPairs = sum_j W_ij - sum_m W_mi;  skips = sum_i D_ii
@@ -55,7 +55,7 @@ enum { kPairsOnly = 1, kDcbWritten, kTileDone };
 
 // One tile for one block of heads. Tiles fastest: blocks that run together share rows of memory and states.
 struct ChunkItem {
-  int row, tile, half, group, block, head, heads;
+  int row, tile, half, share, block, head, heads;
 
   __device__ ChunkItem(const SsdBwdArgs& a, int item) {
     tile = item % a.tiles;
@@ -64,14 +64,14 @@ struct ChunkItem {
     row = item % a.b;
     item /= a.b;
     block = item % a.blocks;
-    group = item / a.blocks;
-    head = group * a.sharing + block * a.heads;
+    share = item / a.blocks;
+    head = share * a.sharing + block * a.heads;
     heads = min(a.heads, a.sharing - block * a.heads);
   }
   __device__ int first() const { return tile * kTile; }
   __device__ int other() const { return first() + (half ? -kTile : kTile); }
 };
-__device__ inline int chunk_items(const SsdBwdArgs& a) { return a.tiles * a.b * a.blocks * a.groups; }
+__device__ inline int chunk_items(const SsdBwdArgs& a) { return a.tiles * a.b * a.blocks * a.shares; }
 
 // Counts the uses of a ring of stages.
 template <int kStages>
@@ -146,16 +146,19 @@ __device__ inline void add_product(float (&d)[kSize], const Fragments& left, uin
 }
 
 template <int kN>
-__device__ void load_factors(const SsdBwdMaps& maps, const ChunkItem& item, uint32_t base) {
+__device__ void load_factors(const SsdBwdMaps& maps, const SsdBwdArgs& a, const ChunkItem& item,
+                             uint32_t base) {
   using Shared = ChunksShared<kN>;
   const uint32_t ready = base + Shared::kFactorsReady;
+  const int group_B = item.head / a.heads_per_B, group_C = item.head / a.heads_per_C;
   arrive_and_expect(ready, 3 * Shared::kFactor);
   for (int slab = 0; slab < kN / 64; ++slab) {
     const uint32_t to = base + slab * kTileBytes;
     const int n = slab * 64;
-    tma_load(to + Shared::kB, maps.B, ready, n, item.first(), item.group, item.row);
-    tma_load(to + Shared::kC, maps.C, ready, n, item.first(), item.group, item.row);
-    tma_load(to + Shared::kOther, item.half ? maps.B : maps.C, ready, n, item.other(), item.group, item.row);
+    tma_load(to + Shared::kB, maps.B, ready, n, item.first(), group_B, item.row);
+    tma_load(to + Shared::kC, maps.C, ready, n, item.first(), group_C, item.row);
+    tma_load(to + Shared::kOther, item.half ? maps.B : maps.C, ready, n, item.other(),
+             item.half ? group_B : group_C, item.row);
   }
 }
 

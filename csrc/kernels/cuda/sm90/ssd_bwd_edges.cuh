@@ -23,21 +23,21 @@ __device__ inline float dot_states(const uint8_t* H, const uint8_t* G, int tid) 
   return sum;
 }
 
-// Rows of dB or dC of a tile, as they lie in the accumulators: to the partial sums, or where there is one
+// Rows of dB or dC of a tile, as they lie in the accumulators: to the partial sums, or where a group is one
 // block of heads to their place.
 template <class T, int kN>
-__device__ void store_factor(const SsdBwdArgs& a, const ChunkItem& item, const View& to, int which,
+__device__ void store_factor(const SsdBwdArgs& a, const ChunkItem& item, const View& to, int group, int which,
                              const float (&d)[kN / 2], int w, int lane) {
   const int r0 = item.first() + 16 * w + lane / 4, n0 = 2 * (lane % 4);
-  if (a.blocks > 1) {
-    const int64_t tile = (int64_t(item.group * a.blocks + item.block) * a.b + item.row) * a.tiles;
+  if (a.sums_blocks()) {
+    const int64_t tile = (int64_t(item.share * a.blocks + item.block) * a.b + item.row) * a.tiles;
     float* out = a.partial_BC + (tile * kTile + r0) * 2 * kN + which * kN + n0;
 #pragma unroll
     for (int i = 0; i < kN / 4; ++i)
       *reinterpret_cast<float2*>(out + i % 2 * 8 * 2 * kN + i / 2 * 8) = {d[2 * i], d[2 * i + 1]};
     return;
   }
-  T* out = static_cast<T*>(to.data) + item.row * to.stride[0] + item.group * to.stride[2] + n0;
+  T* out = static_cast<T*>(to.data) + item.row * to.stride[0] + group * to.stride[2] + n0;
 #pragma unroll
   for (int i = 0; i < kN / 4; ++i)
     if (const int row = r0 + i % 2 * 8; row < a.l)
@@ -51,7 +51,7 @@ __device__ void walk_edges(const SsdBwdMaps& maps, const SsdBwdArgs& a, uint8_t*
   const int w = __shfl_sync(kAllLanes, tid / 32, 0), r0 = 16 * w + lane / 4;
   Ring<Shared::kStages> ring;
   Ring<1> factors;
-  if (tid == 0) load_factors<kN>(maps, ChunkItem(a, blockIdx.x), base);
+  if (tid == 0) load_factors<kN>(maps, a, ChunkItem(a, blockIdx.x), base);
   const int items = chunk_items(a);
   for (int n = blockIdx.x; n < items; n += gridDim.x, factors.next()) {
     const ChunkItem item(a, n);
@@ -123,9 +123,9 @@ __device__ void walk_edges(const SsdBwdMaps& maps, const SsdBwdArgs& a, uint8_t*
     wgmma_commit();
     wgmma_wait<0>();
     sync_threads<3 * kWarpgroup>(kTileDone);
-    if (tid == 0 && n + gridDim.x < items) load_factors<kN>(maps, ChunkItem(a, n + gridDim.x), base);
-    store_factor<T, kN>(a, item, a.p.dB, 0, dB, w, lane);
-    store_factor<T, kN>(a, item, a.p.dC, 1, dC, w, lane);
+    if (tid == 0 && n + gridDim.x < items) load_factors<kN>(maps, a, ChunkItem(a, n + gridDim.x), base);
+    store_factor<T, kN>(a, item, a.p.dB, item.head / a.heads_per_B, 0, dB, w, lane);
+    store_factor<T, kN>(a, item, a.p.dC, item.head / a.heads_per_C, 1, dC, w, lane);
   }
 }
 

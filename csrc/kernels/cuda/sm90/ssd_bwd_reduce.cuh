@@ -167,20 +167,26 @@ __device__ void reduce_heads(const SsdBwdArgs& a, int block, int part) {
 
 template <class T>
 __device__ void reduce_factors(const SsdBwdArgs& a, int64_t thread, int64_t threads) {
-  const int n = int(a.p.fwd.dims.n);
-  const int64_t rows = int64_t(a.tiles) * kTile, size = a.b * rows * n;  // pairs of values of dB and dC
-  for (int64_t i = thread; i < size * a.groups; i += threads) {
-    const int column = int(i % n) * 2, group = int(i / size);
-    const int64_t t = i / n % rows, row = i / n / rows % a.b;
+  const SsdDims& dims = a.p.fwd.dims;
+  const int pairs = int(dims.n) / 2, groups = int(dims.groups_B + dims.groups_C);
+  const int64_t rows = int64_t(a.tiles) * kTile, size = a.b * rows * pairs;  // of a group
+  for (int64_t i = thread; i < size * groups; i += threads) {
+    const int column = int(i % pairs) * 2, number = int(i / size);
+    const int64_t t = i / pairs % rows, row = i / pairs / rows % a.b;
     if (t >= a.l) continue;
-    const float2* from = reinterpret_cast<const float2*>(a.partial_BC) + group * a.blocks * size + i % size;
+    const bool is_C = number >= dims.groups_B;
+    const int group = is_C ? number - int(dims.groups_B) : number;
+    const int blocks = is_C ? a.blocks_C : a.blocks_B;
+    const float* from = a.partial_BC + ((int64_t(group) * blocks * a.b + row) * rows + t) * 2 * dims.n +
+                        (is_C ? dims.n : 0) + column;
     float2 sum = {};
-    for (int block = 0; block < a.blocks; ++block, from += size) {
-      sum.x += from->x;
-      sum.y += from->y;
+    for (int block = 0; block < blocks; ++block, from += size * 4) {
+      const float2 v = *reinterpret_cast<const float2*>(from);
+      sum.x += v.x;
+      sum.y += v.y;
     }
-    const View& to = column < n ? a.p.dB : a.p.dC;
-    const int64_t at = row * to.stride[0] + t * to.stride[1] + group * to.stride[2] + column % n;
+    const View& to = is_C ? a.p.dC : a.p.dB;
+    const int64_t at = row * to.stride[0] + t * to.stride[1] + group * to.stride[2] + column;
     *reinterpret_cast<uint32_t*>(static_cast<T*>(to.data) + at) = pack<T>(sum.x, sum.y);
   }
 }

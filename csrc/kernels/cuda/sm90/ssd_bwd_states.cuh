@@ -3,25 +3,26 @@
 //
 //   H <- e^T H + sum_j delta_j e^{T - s_j} x_j B_j^T        G <- e^T G + sum_i e^{s_i} dy_i C_i^T
 //
-// tile by tile, s and T counted from the tile's first token. A block takes two heads of one group in one
-// direction along a row, a warpgroup one of them: the state (p x n) in float32 registers, the weighted tokens
-// from shared memory through ldmatrix as the left factor (p x 64 tokens), the tile of B or C (64 x n) as the
-// right one. The state is rounded and stored where a chunk begins (H) or ends (G). Each warp makes the
-// weights for itself: no barrier but those of the stages. The first thread loads the next tile before it
-// takes one. Where runs begin in a tile, what lies on their other side has no weight, and the state ends.
+// tile by tile, s and T counted from the tile's first token. A block takes kStateHeads heads that share B and
+// C in one direction along a row, a warpgroup one of them: the state (p x n) in float32 registers, the
+// weighted tokens from shared memory through ldmatrix as the left factor (p x 64 tokens), the tile of B or C
+// (64 x n) as the right one. The state is rounded and stored where a chunk begins (H) or ends (G). Each warp
+// makes the weights for itself: no barrier but those of the stages. The first thread loads the tile after
+// next before it takes one: memory answers later than a tile takes. Where runs begin in a tile, what lies on
+// their other side has no weight, and the state ends.
 //
 // Few chains over long rows are cut into segments, a block each: it walks its segment from nothing, hands
 // over what comes out and the decay, then adds up what the segments before handed over and walks again.
 //
-// Shared memory (n = 128; twice on an SM): 2 stages of B or C 16 KiB, two tiles of tokens 16 KiB and their
-// steps 2 KiB; the stored images 2 x 16 KiB, weights 2 KiB.
+// Shared memory (n = 128; once on an SM): 3 stages of B or C 16 KiB, 4 tiles of tokens 32 KiB and their steps
+// 4 KiB; the stored images 4 x 16 KiB, weights 4 KiB.
 #pragma once
 #include "kernels/cuda/sm90/hand_over.cuh"
 #include "kernels/cuda/sm90/ssd_bwd.cuh"
 
 namespace mamba_ops::gpu::sm90 {
 
-constexpr int kStateHeads = 2, kStateStages = 2;
+constexpr int kStateStages = 3;
 constexpr int kStateThreads = kStateHeads * kWarpgroup;
 
 template <int kN>
@@ -34,7 +35,7 @@ struct StatesShared {
   static constexpr int kBytes = kBarriers + 2 * kStateStages * 8 + 1024;
 };
 
-// A segment of a chain. The blocks: direction fastest, then pairs of heads, groups, rows, segments.
+// A segment of a chain. The blocks: direction fastest, then blocks of heads, shares, rows, segments.
 struct Chain {
   bool reverse;
   int row, head, heads, number, segment;
@@ -42,14 +43,14 @@ struct Chain {
   int entry;         // steps of a first walk from nothing: none, or count
 
   __device__ Chain(const SsdBwdArgs& a, int block) {
-    const int pairs = (a.sharing + kStateHeads - 1) / kStateHeads;
+    const int blocks = (a.sharing + kStateHeads - 1) / kStateHeads;
     segment = block / a.chains;
     number = block % a.chains;
     reverse = number % 2;
-    const int pair = number / 2 % pairs, group = number / 2 / pairs % a.groups;
-    row = number / 2 / pairs / a.groups;
-    head = group * a.sharing + pair * kStateHeads;
-    heads = min(kStateHeads, a.sharing - pair * kStateHeads);
+    const int block_of_heads = number / 2 % blocks, share = number / 2 / blocks % a.shares;
+    row = number / 2 / blocks / a.shares;
+    head = share * a.sharing + block_of_heads * kStateHeads;
+    heads = min(kStateHeads, a.sharing - block_of_heads * kStateHeads);
     const auto first = [&](int segment) { return int(int64_t(a.tiles) * segment / a.segments); };
     begin = first(segment);
     count = first(segment + 1) - begin;
@@ -74,11 +75,12 @@ __device__ inline void load_tile(const SsdBwdMaps& maps, const SsdBwdArgs& a, co
   using Shared = StatesShared<kN>;
   const CUtensorMap &factor = chain.reverse ? maps.C : maps.B, &tokens = chain.reverse ? maps.dy : maps.x;
   const int stage = i % kStateStages, t = chain.tile(a, i) * kTile;
+  const int group = chain.head / (chain.reverse ? a.heads_per_C : a.heads_per_B);
   const uint32_t to = base + stage * Shared::kStage, ready = base + Shared::kBarriers + 8 * stage;
   wait_for(ready + 8 * kStateStages, i / kStateStages % 2 ^ 1);
   arrive_and_expect(ready, kFactorBytes<kN> + chain.heads * (kTileBytes + kStepBytes));
   for (int slab = 0; slab < kN / 64; ++slab)
-    tma_load(to + slab * kTileBytes, factor, ready, slab * 64, t, chain.head / a.sharing, chain.row);
+    tma_load(to + slab * kTileBytes, factor, ready, slab * 64, t, group, chain.row);
   for (int k = 0; k < chain.heads; ++k) {
     tma_load(to + Shared::kTokens + k * kTileBytes, tokens, ready, 0, t, chain.head + k, chain.row);
     const int64_t chunk = a.row_head(chain.row, chain.head + k) * a.chunks + t / kChunk;
@@ -137,11 +139,13 @@ __device__ void walk_states(const SsdBwdMaps& maps, const SsdBwdArgs& a, const C
   float state[kN / 2], through = 1;  // through: the decay of the segment
 #pragma unroll
   for (float& v : state) v = 0;
-  if (threadIdx.x == 0) load_tile<kN>(maps, a, chain, 0, base);
   uint64_t next_starts = a.starts_of(chain.row, chain.tile(a, 0));
   const int steps = chain.entry + chain.count;
+  constexpr int kAhead = kStateStages - 1;
+  if (threadIdx.x == 0)
+    for (int i = 0; i < min(kAhead, steps); ++i) load_tile<kN>(maps, a, chain, i, base);
   for (int i = 0; i < steps; ++i) {
-    if (threadIdx.x == 0 && i + 1 < steps) load_tile<kN>(maps, a, chain, i + 1, base);
+    if (threadIdx.x == 0 && i + kAhead < steps) load_tile<kN>(maps, a, chain, i + kAhead, base);
     __syncwarp();
     if (i == chain.entry) {
       if (i > 0) {
@@ -223,7 +227,7 @@ __device__ void walk_states(const SsdBwdMaps& maps, const SsdBwdArgs& a, const C
 }
 
 template <class T, int kN>
-__global__ void __launch_bounds__(kStateThreads, 2)
+__global__ void __launch_bounds__(kStateThreads, 1)
     ssd_bwd_states(const __grid_constant__ SsdBwdMaps maps, const __grid_constant__ SsdBwdArgs a) {
   using Shared = StatesShared<kN>;
   extern __shared__ uint8_t raw_shared[];

@@ -8,10 +8,11 @@
 // threads, one block per SM:
 //   warpgroups 0, 1  a slab each. H (64 x n, float32) stays in registers and is rounded straight into
 //                    fragments; every product has the slab's 64 channels as its rows.
-//   warpgroups 2, 3  even and odd chunks: steps and decays (warps 0, 1), tensor loads (warp 2), C B^T once
-//                    for both slabs, P for each (16 x 16 blocks left of the diagonal as products of row and
-//                    column factors, all <= 1 for A <= 0; the blocks on it with direct exponentials).
-// Shared memory (n = 128: 222 KiB): 3 stages (n = 64: 4) of B, C and the pair's X; P for 2 chunks; 2 tiles of
+//   warpgroups 2, 3  even and odd chunks: steps and decays (warps 0, 1), loads of the chunk after (warp 2),
+//                    C B^T once for both slabs, P for each (16 x 16 blocks left of the diagonal as products
+//                    of row and column factors, all <= 1 for A <= 0; the blocks on it with direct
+//                    exponentials).
+// Shared memory (n = 128: 225 KiB): 3 stages (n = 64: 4) of B, C and the pair's X; P for 2 chunks; 2 tiles of
 // z and y per slab, the gate works in place; the factors of 4 chunks.
 //
 // Hand-over (hand_over.cuh). Where a chain is cut between two blocks, the later part waits for a flag of the
@@ -22,13 +23,15 @@
 // Threads that hand over what they stored themselves arrive at the barriers one by one, not one for its warp:
 // the compiler drops __syncwarp() where a warp is whole, and racecheck sees no other order among its threads.
 //
-// Bound (b4 l4096 h80 p64 n128 g1 bf16, H100 80 GB that copies 2.97 TB/s, SMs at 1.7 GHz): 0.160 ms, n = 64
-// 0.144. The same tiles of x and y copied in the same order, and nothing else: 0.124 ms. With x and y in the
-// L2 cache (strides that overlap): 0.130 and 0.107, so below the memory lies the chain of a chunk, helpers to
-// slabs. ncu: L2 67 %, DRAM 65 % of the datasheet's rate, shared memory and L1 58 %; by count of cycles
-// tensor cores 44 %, issue slots 37 %. Of the samples the slabs wait for P in 12 %, steps 12 %, X 8 %, B and
-// C 4 %; the helpers for their warps 0, 1 (steps) in 21 %, B and C 10 %. No gain: loads and stores that L2
-// drops first; P of both slabs at once where n = 64 leaves the registers (0.119 instead of 0.107 from L2).
+// Bound (b4 l4096 h80 p64 n128 g1 bf16, H100 80 GB that copies 2.97 TB/s, SMs at 1.7 GHz): the same tiles of
+// x and y copied in the same order, and nothing else, take 0.124 ms. Nothing may wait for the helpers: while
+// they loaded a chunk only when they came to it, and read a spilled register back in each (280 cycles: reads
+// of dt sweep what is left of L1), it took 0.160 ms, n = 64 0.144, with x and y in the L2 cache 0.130 and
+// 0.107. Of the samples the slabs then waited for P in 12 %, steps 12 %, X 8 %, B and C 4 %; the helpers for
+// their warps 0, 1 (steps) in 21 %, B and C in 10 % (n = 64: 31 %). ncu: L2 67 %, DRAM 65 % of the
+// datasheet's rate, shared memory and L1 58 %; by count of cycles tensor cores 44 %, issue slots 37 %. No
+// gain: loads and stores that L2 drops first; P of both slabs at once where n = 64 leaves the registers
+// (0.119 instead of 0.107 from L2).
 #include <algorithm>
 
 #include "kernels/cuda/device.h"

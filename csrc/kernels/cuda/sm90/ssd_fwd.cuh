@@ -142,13 +142,6 @@ __device__ inline uint32_t multiply(uint32_t a, uint32_t b) {
     asm("mul.rn.f16x2 %0, %1, %2;" : "=r"(product) : "r"(a), "r"(b));
   return product;
 }
-// v / (1 + e^{-v})
-__device__ inline float silu_fast(float v) {
-  float sigmoid;
-  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(sigmoid) : "f"(1 + exp2_of(v * -kLog2E)));
-  return v * sigmoid;
-}
-
 // ---- steps
 
 // To 5e-6 of its value, without branches (volatile: the compiler would make some).
@@ -259,8 +252,9 @@ struct LaneSteps {
   __device__ static int last_bit(unsigned bits) { return 31 - __clz(bits); }
 };
 
-// Where the pair of lane i lies among the weights of a chunk: the 8 pairs that a thread needs are neighbours.
-__device__ inline int weight_at(int lane) { return lane % 4 * 8 + lane / 4; }
+// Where a lane's pair of values lies in a table of a chunk: the 8 pairs that lanes t of a quad need are
+// neighbours, from 12 t on.
+__device__ inline uint32_t pair_at(uint32_t lane) { return lane % 4 * 12 + lane / 4; }
 
 __device__ inline float channel_D(const FwdArgs& args, int head, int p) {
   if (!args.D_per_channel || p >= args.p) return 0.f;
@@ -284,7 +278,7 @@ __device__ inline void weigh(uint32_t (&a)[4][4], const uint32_t* weights, int t
   uint32_t w[8];
 #pragma unroll
   for (int k = 0; k < 2; ++k) {
-    const uint4 four = reinterpret_cast<const uint4*>(weights)[2 * t + k];
+    const uint4 four = reinterpret_cast<const uint4*>(weights)[3 * t + k];
     w[4 * k] = four.x, w[4 * k + 1] = four.y, w[4 * k + 2] = four.z, w[4 * k + 3] = four.w;
   }
 #pragma unroll

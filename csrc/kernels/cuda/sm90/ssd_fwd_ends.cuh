@@ -14,7 +14,8 @@ template <int kN>
 struct EndsShared {
   static constexpr int kStages = kN == 128 ? 6 : 8;
   static constexpr int kFactor = kN / 64 * kTile, kStage = kFactor + 2 * kTile;
-  static constexpr int kWeights = kStages * kStage, kBarriers = kWeights + kStages * 256;
+  static constexpr int kWeights = kStages * kStage,
+                       kBarriers = kWeights + kStages * 2 * 48 * int(sizeof(uint32_t));
   static constexpr int kBytes = kBarriers + kStages * 16 + 1024;
 
   uint8_t* bytes;
@@ -29,7 +30,7 @@ struct EndsShared {
   __device__ uint32_t B(uint32_t stage) const { return address + stage * kStage; }
   __device__ uint32_t X(uint32_t stage, int slab) const { return B(stage) + kFactor + slab * kTile; }
   __device__ uint32_t* weights(uint32_t stage, int slab) const {
-    return reinterpret_cast<uint32_t*>(bytes + kWeights) + (stage * 2 + slab) * 32;
+    return reinterpret_cast<uint32_t*>(bytes + kWeights) + (stage * 2 + slab) * 48;
   }
   __device__ uint32_t full(uint32_t stage) const { return address + kBarriers + stage * 16; }
   __device__ uint32_t free(uint32_t stage) const { return full(stage) + 8; }
@@ -68,7 +69,7 @@ __global__ void __launch_bounds__(384, 1)
       reader.skip(args, -1);
       if (chunk > begin) reader.read(args, chunk - 1);
       wait_for(shared.free(stage), parity(i, kStages) ^ 1);
-      shared.weights(stage, warp)[weight_at(lane)] = steps.template weights<T>(later);
+      shared.weights(stage, warp)[pair_at(lane)] = steps.template weights<T>(later);
       arrive(shared.full(stage));
       later *= steps.decay();
     }

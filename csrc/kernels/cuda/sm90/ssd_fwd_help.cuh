@@ -11,8 +11,8 @@ struct alignas(16) Steps {
   int start[kQ];         // of LaneSteps
   float row[kQ];         // e^{s_i - r}, r = s at the end of the 16 tokens before those of i
   float column[96];      // e^{r - s_j} dt_j for the j before those 16: for rows from 16, 32, 48 on
-  float from_start[80];  // e^{s_i}; the 16 values that lanes t of a quad need lie from 20 t on
-  uint32_t weight[32];   // pairs of w_j (weight_at)
+  float from_start[96];  // e^{s_i}, a pair at pair_at of its lane
+  uint32_t weight[48];   // pairs of w_j, likewise
   float decay, D;        // e^T; of the head, 0 if per channel
 };
 
@@ -24,7 +24,8 @@ struct Shared {
   static constexpr int kP = kStages * kStage, kY = kP + 4 * kTile, kSteps = kY + 4 * kTile;
   static constexpr int kBarriers = kSteps + 8 * sizeof(Steps);
   static constexpr int kHeads = kBarriers + (2 * kStages + 24) * 8;
-  static constexpr int kBytes = kHeads + 4 * sizeof(HeadRates) + 1024;  // 1024: to align
+  static constexpr int kPairs = kHeads + 4 * sizeof(HeadRates);
+  static constexpr int kBytes = kPairs + 2 * sizeof(Pair) + 1024;  // 1024: to align
 
   uint8_t* bytes;
   uint32_t address;
@@ -50,6 +51,7 @@ struct Shared {
   __device__ HeadRates& head(int helpers, int slab) const {
     return reinterpret_cast<HeadRates*>(bytes + kHeads)[helpers * 2 + slab];
   }
+  __device__ Pair& pair(int helpers) const { return reinterpret_cast<Pair*>(bytes + kPairs)[helpers]; }
   // Barriers of stages: B and C are there, X is there.
   __device__ uint32_t has_BC(uint32_t stage) const { return barrier(stage); }
   __device__ uint32_t has_X(uint32_t stage) const { return barrier(kStages + stage); }
@@ -64,6 +66,10 @@ struct Shared {
   }
   __device__ void wait_done(uint32_t chunk) const {
     for (int slab = 0; slab < 2; ++slab) wait_for(done(chunk, slab), parity(chunk, 4));
+  }
+  // Whether it is, where chunk - 4 is.
+  __device__ bool is_done(uint32_t chunk) const {
+    return has_ended(done(chunk, 0), parity(chunk, 4)) && has_ended(done(chunk, 1), parity(chunk, 4));
   }
   // z is there: of phase chunk / 2 % 2.
   __device__ uint32_t has_z(uint32_t chunk, int slab) const {
@@ -121,11 +127,12 @@ __device__ inline void write_steps(Steps& to, const LaneSteps<kPacked>& from, ui
   pair(to.s + first, from.s[0], from.s[1]);
   pair(to.dt + first, from.dt[0], from.dt[1]);
   pair(to.row + first, row[0], row[1]);
-  pair(to.from_start + lane % 4 * 20 + lane / 4 * 2, from_start[0], from_start[1]);
+  const uint32_t own = pair_at(kept(lane));  // worked out here: no register is left to keep it in
+  pair(to.from_start + 2 * own, from_start[0], from_start[1]);
+  to.weight[own] = weights;
 #pragma unroll
   for (int rows = 1; rows < 4; ++rows)
     if (block < rows) pair(to.column + 8 * rows * (rows - 1) + first, column[rows][0], column[rows][1]);
-  to.weight[weight_at(lane)] = weights;
   if (lane == 0) {
     to.decay = from.decay();
     to.D = D;
@@ -135,7 +142,7 @@ __device__ inline void write_steps(Steps& to, const LaneSteps<kPacked>& from, ui
 // Rows 16 kRow to 16 kRow + 15 of P from those of S = C B^T, up to the diagonal; what lies beyond stays zero.
 template <class T, bool kPacked, int kRow>
 __device__ inline void make_P(uint32_t P, const float (&S)[32], const Steps& steps, int lane) {
-  const int g = lane / 4, t = lane % 4;
+  const uint32_t here = kept(lane), g = here / 4, t = here % 4;
   // Every factor first: a load from shared memory takes long beside the products.
   float2 column[2 * kRow + 1], s[2], dt[2];
   float row[2], s_row[2];
@@ -150,7 +157,7 @@ __device__ inline void make_P(uint32_t P, const float (&S)[32], const Steps& ste
     dt[k] = *reinterpret_cast<const float2*>(steps.dt + 16 * kRow + 8 * k + 2 * t);
   }
   const float D = steps.D;
-  const uint32_t lane_row = P + (16 * kRow + lane % 16) * 128;
+  const uint32_t lane_row = P + (16 * kRow + here % 16) * 128;
 #pragma unroll
   for (int block = 0; block <= kRow; ++block) {
     uint32_t word[4];
@@ -164,7 +171,7 @@ __device__ inline void make_P(uint32_t P, const float (&S)[32], const Steps& ste
           low = two[0] * (column[2 * block + c].x * row[r]);
           high = two[1] * (column[2 * block + c].y * row[r]);
         } else {
-          const int i = 8 * r + g, j = 8 * c + 2 * t;
+          const int i = int(8 * r + g), j = int(8 * c + 2 * t);
           low = two[0] * (exp2_of(s_row[r] - s[c].x) * dt[c].x);
           high = two[1] * (exp2_of(s_row[r] - s[c].y) * dt[c].y);
           const int start = kPacked ? steps.start[16 * kRow + i] - 16 * kRow : 0;
@@ -175,13 +182,14 @@ __device__ inline void make_P(uint32_t P, const float (&S)[32], const Steps& ste
         }
         word[2 * c + r] = pack<T>(low, high);
       }
-    stmatrix<false>(lane_row + ((2 * block + lane / 16) ^ lane % 8) * 16, word[0], word[1], word[2], word[3]);
+    stmatrix<false>(lane_row + ((2 * block + here / 16) ^ here % 8) * 16, word[0], word[1], word[2], word[3]);
   }
 }
 
-// What a warp of helpers does with its rows of S.
-template <class T, bool kPacked, int kRow, int kN>
-__device__ inline void write_P(const Shared<kN>& shared, const float (&S)[32], uint32_t i, int lane) {
+// What a warp of helpers does with its rows of S; `meanwhile` after each slab's.
+template <class T, bool kPacked, int kRow, int kN, class F>
+__device__ inline void write_P(const Shared<kN>& shared, const float (&S)[32], uint32_t i, int lane,
+                               F meanwhile) {
 #pragma unroll 1
   for (int slab = 0; slab < 2; ++slab) {
     if (i >= 2) wait_for(shared.done(i - 2, slab), parity(i - 2, 4));
@@ -189,17 +197,16 @@ __device__ inline void write_P(const Shared<kN>& shared, const float (&S)[32], u
     fence_async_proxy();
     __syncwarp();
     if (lane == 0) arrive(shared.has_P(i, slab));
+    meanwhile();
   }
 }
 
-// Loads chunk number i of the block once its stage is free. By one thread.
+// Loads chunk number i of the block, whose stage is free. By one thread.
 template <int kN>
 __device__ inline void load(const Maps& maps, const Shared<kN>& shared, uint32_t i, const Pair& pair,
                             int token) {
-  using Memory = Shared<kN>;
-  const uint32_t stage = i % Memory::kStages, has_BC = shared.has_BC(stage), has_X = shared.has_X(stage);
-  if (i >= Memory::kStages) shared.wait_done(i - Memory::kStages);
-  arrive_and_expect(has_BC, 2 * Memory::kFactor);
+  const uint32_t stage = i % Shared<kN>::kStages, has_BC = shared.has_BC(stage), has_X = shared.has_X(stage);
+  arrive_and_expect(has_BC, 2 * Shared<kN>::kFactor);
 #pragma unroll
   for (int k = 0; k < kN / 64; ++k) {
     tma_load(shared.C(stage) + k * kTile, maps.C, has_BC, k * 64, token, pair.group_C, pair.row);
@@ -209,13 +216,15 @@ __device__ inline void load(const Maps& maps, const Shared<kN>& shared, uint32_t
   tma_load(shared.X(stage, 0), maps.x, has_X, 0, token, pair.part, pair.head, pair.row);
 }
 
-// The chunks of one parity: loads, steps, P.
+// The chunks of one parity: loads, steps, P. Within a piece the next chunk is loaded as soon as its stage is
+// free, beside the work on this one: S waits for nothing else, and memory answers late.
 template <class T, class Dt, int kN, bool kPacked>
 __device__ void help(const Maps& maps, const FwdArgs& args, const BlockPieces& pieces,
                      const Shared<kN>& shared, int which) {
   constexpr int kStages = Shared<kN>::kStages;
   const int lane = int(threadIdx.x % 32), warp = __shfl_sync(kAllLanes, threadIdx.x / 32 % 4, 0);
-  Pair pair(args, 0);                 // warp 2: of the loads
+  Pair& pair = shared.pair(which);    // warp 2: of the loads
+  bool loaded = false;                // this chunk already
   StepReader<Dt> reader{kept(lane)};  // warps 0, 1
   const auto aim = [&](const Walk& chunk) {
     if (!chunk.valid()) return;
@@ -227,6 +236,7 @@ __device__ void help(const Maps& maps, const FwdArgs& args, const BlockPieces& p
   if (warp < 2) aim(at);
   int piece = -1;
   for (uint32_t i = which; at.valid(); at.skip(2), i += 2) {
+    const bool goes_on = at.chunk + 2 < at.end;
     if (warp < 2) {
       HeadRates& head = shared.head(which, warp);
       if (at.piece != piece) [[unlikely]] {
@@ -234,7 +244,7 @@ __device__ void help(const Maps& maps, const FwdArgs& args, const BlockPieces& p
         __syncwarp();
       }
       const LaneSteps<kPacked> steps(args, reader, head, at.chain, at.chunk);
-      if (at.chunk + 2 < at.end) [[likely]] {
+      if (goes_on) [[likely]] {
         reader.skip(args, 2);
         reader.read(args, at.chunk + 2);
       } else {
@@ -245,11 +255,15 @@ __device__ void help(const Maps& maps, const FwdArgs& args, const BlockPieces& p
       write_steps(shared.steps(i, warp), steps, steps.template weights<T>(1.f), head.D);
       arrive(shared.has_steps(i));
     } else if (warp == 2) {
-      if (at.piece != piece) [[unlikely]]
-        pair = Pair(args, at.chain);
-      if (lane == 0) load(maps, shared, i, pair, at.chunk * kQ);
+      if (lane == 0 && !loaded) {
+        if (at.piece != piece) [[unlikely]]
+          pair = Pair(args, at.chain);
+        if (i >= kStages) shared.wait_done(i - kStages);
+        load(maps, shared, i, pair, at.chunk * kQ);
+      }
       __syncwarp();
     }
+    loaded = false;
     piece = at.piece;
     sync_threads<128>(3 + which);  // all have read the steps of the chunk before
     const uint32_t stage = i % kStages;
@@ -261,16 +275,25 @@ __device__ void help(const Maps& maps, const FwdArgs& args, const BlockPieces& p
     for (int k = 0; k < kN / 16; ++k)
       wgmma<T, false, false>(S, k_major_step(C, k, kTile), k_major_step(B, k, kTile), k > 0);
     wgmma_commit();
+    const auto load_next = [&] {
+      if (lane == 0 && !loaded && goes_on && (i + 2 < kStages || shared.is_done(i + 2 - kStages))) {
+        load(maps, shared, i + 2, pair, (at.chunk + 2) * kQ);
+        loaded = true;
+      }
+      __syncwarp();
+    };
+    if (warp == 2) load_next();
     wait_for(shared.has_steps(i), parity(i, 4));
     wgmma_wait<0>();
+    const auto nothing = [] {};
     if (warp == 0)
-      write_P<T, kPacked, 0>(shared, S, i, lane);
+      write_P<T, kPacked, 0>(shared, S, i, lane, nothing);
     else if (warp == 1)
-      write_P<T, kPacked, 1>(shared, S, i, lane);
+      write_P<T, kPacked, 1>(shared, S, i, lane, nothing);
     else if (warp == 2)
-      write_P<T, kPacked, 2>(shared, S, i, lane);
+      write_P<T, kPacked, 2>(shared, S, i, lane, load_next);
     else
-      write_P<T, kPacked, 3>(shared, S, i, lane);
+      write_P<T, kPacked, 3>(shared, S, i, lane, nothing);
   }
 }
 

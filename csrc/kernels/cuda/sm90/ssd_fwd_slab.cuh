@@ -118,9 +118,9 @@ __device__ void scan_slab(const Maps& maps, const FwdArgs& args, const BlockPiec
       for (int k = 0; k < kN / 16; ++k)
         wgmma<T, false>(Y, h + 4 * k, k_major_step(k_major(shared.C(stage)), k, kTile), k > 0);
       wgmma_commit();
+      if (chunk > piece.begin) store_y(chunk - 1, i - 1);
       wait_for(shared.has_X(stage), parity(i, kStages));
       turn(x, shared.X(stage, which) + row);
-      if (chunk > piece.begin) store_y(chunk - 1, i - 1);
       weigh<T>(x, steps.weight, t);
       wgmma_fence();
 #pragma unroll
@@ -131,7 +131,7 @@ __device__ void scan_slab(const Maps& maps, const FwdArgs& args, const BlockPiec
 #pragma unroll
       for (int k = 0; k < 4; ++k)
         reinterpret_cast<float4*>(from_start)[k] =
-            reinterpret_cast<const float4*>(steps.from_start)[5 * t + k];
+            reinterpret_cast<const float4*>(steps.from_start)[6 * t + k];
       wait_for(shared.has_P(i, which), parity(i, 4));
       wgmma_wait<1>();
 #pragma unroll
@@ -160,8 +160,8 @@ __device__ void scan_slab(const Maps& maps, const FwdArgs& args, const BlockPiec
 #pragma unroll
           for (int r = 0; r < 4; ++r) {
             const float2 gate = unpack<T>(z[r]);
-            Y[8 * k + 2 * r] *= silu_fast(gate.x);
-            Y[8 * k + 2 * r + 1] *= silu_fast(gate.y);
+            Y[8 * k + 2 * r] *= silu(gate.x);
+            Y[8 * k + 2 * r + 1] *= silu(gate.y);
           }
         }
       }
