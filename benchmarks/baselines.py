@@ -24,12 +24,16 @@ def _skip_and_gate(o: Tensor, skip: Tensor | None, z: Tensor | None) -> Tensor:
     return o if z is None else o * F.silu(z)
 
 
+def _step(dt: Tensor, bias: Tensor | None, softplus: bool) -> Tensor:
+    step = _wide(dt) if bias is None else _wide(dt) + bias
+    return F.softplus(step) if softplus else step
+
+
 # Selective scan: u, delta, z (b,d,l); A (d,n); B, C (b,n,l); D, delta_bias (d).
 
 
 def _scan_step(delta: Tensor, delta_bias: Tensor | None, delta_softplus: bool) -> Tensor:
-    dt = _wide(delta) if delta_bias is None else _wide(delta) + delta_bias[:, None]
-    return F.softplus(dt) if delta_softplus else dt
+    return _step(delta, None if delta_bias is None else delta_bias[:, None], delta_softplus)
 
 
 def scan_recurrence(
@@ -123,8 +127,7 @@ def ssd_listing(
     b, l, h, p = x.shape
     q, low = chunk_size, x.dtype
     c = l // q
-    steps = _wide(dt) if dt_bias is None else _wide(dt) + dt_bias
-    steps = F.softplus(steps) if dt_softplus else steps
+    steps = _step(dt, dt_bias, dt_softplus)
     X = (x * steps[..., None]).to(low).view(b, c, q, h, p)
     a = (steps * A).view(b, c, q, h).permute(0, 3, 1, 2)
     a_cum = a.cumsum(-1)
@@ -173,8 +176,7 @@ def ssd_fla(
     """flash-linear-attention's simple gated linear attention, B and C as keys and queries of every head."""
     from fla.ops.simple_gla import chunk_simple_gla
 
-    steps = _wide(dt) if dt_bias is None else _wide(dt) + dt_bias
-    steps = F.softplus(steps) if dt_softplus else steps
+    steps = _step(dt, dt_bias, dt_softplus)
     h = x.shape[2]
     k, q = (v.repeat_interleave(h // v.shape[2], 2) for v in (B, C))
     o, _ = chunk_simple_gla(q, k, (x * steps[..., None]).to(x.dtype), g=steps * A, scale=1.0)
@@ -197,7 +199,7 @@ def scan_update_torch(
     delta_softplus: bool,
 ) -> Tensor:
     """The recurrence as expressions; leaves the state as it was."""
-    step = F.softplus(_wide(delta) + delta_bias) if delta_softplus else _wide(delta) + delta_bias
+    step = _step(delta, delta_bias, delta_softplus)
     added = (step * _wide(u))[..., None] * _wide(B)[:, None]
     after = torch.exp(step[..., None] * A) * state + added
     o = (after * _wide(C)[:, None]).sum(-1)
@@ -287,7 +289,7 @@ def ssd_update_torch(
     dt_softplus: bool,
 ) -> Tensor:
     """The recurrence as expressions; leaves the state as it was."""
-    step = F.softplus(_wide(dt) + dt_bias) if dt_softplus else _wide(dt) + dt_bias
+    step = _step(dt, dt_bias, dt_softplus)
     added = (step[..., None] * _wide(x))[..., None] * _wide(B)[:, :, None]
     after = torch.exp(step * A)[..., None, None] * state + added
     o = (after * _wide(C)[:, :, None]).sum(-1)

@@ -266,20 +266,18 @@ def norm(
     )
 
 
-def update(
-    operator: str, sizes: dict[str, int], must: Must | None = None, goal_ms: float | None = None
-) -> Case:
+def update(name: str, sizes: dict[str, int], must: Must | None = None, goal_ms: float | None = None) -> Case:
     """One token in bfloat16 with every option, on CUDA; recurrent states in float32."""
-    library, call, plain_call, options = UPDATES[operator]
+    library, call, plain_call, options = UPDATES[name]
     plain = peer("torch", plain_call, "forward")
     kind = {"options": options, "dtype": torch.bfloat16, "device": "cuda"}
     letters = " ".join(f"{letter}{size}" for letter, size in sizes.items())
     tag = "".join(f"/{letter}{size}" for letter, size in sizes.items() if letter == "b")
     return Case(
-        f"{operator}/forward/bfloat16{tag}",
-        f"{operator} {letters}" + (", state in float32" if "state_update" in operator else ""),
-        partial(_drawn, getattr(make, operator), *sizes.values(), **kind),
-        (updating(operator), updating(library, call), plain),
+        f"{name}/forward/bfloat16{tag}",
+        f"{name} {letters}" + (", state in float32" if "state_update" in name else ""),
+        partial(_drawn, getattr(make, name), *sizes.values(), **kind),
+        (updating(name), updating(library, call), plain),
         plain,
         torch.bfloat16,
         must,

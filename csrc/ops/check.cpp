@@ -106,7 +106,7 @@ void Checker::device(const char* name, const Tensor& t) const {
                   " like the other tensors, got " + where(t.is_cuda(), t.is_cpu(), t.get_device()));
   }
   int32_t layout = 0;  // torch 2.10's Tensor has no layout()
-  TORCH_ERROR_CODE_CHECK(aoti_torch_get_layout(t.get(), &layout));
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_layout(t.get(), &layout));
   if (layout != aoti_torch_layout_strided())
     fail(op_, std::string(name) + " must be a dense (strided) tensor, got a sparse layout");
 }

@@ -12,6 +12,10 @@
 #include "kernels/prefetch.h"
 #include "kernels/view.h"
 
+#ifndef STABLE_TORCH_ERROR_CODE_CHECK  // up to torch 2.11: an error without the failed call's own message
+#define STABLE_TORCH_ERROR_CODE_CHECK(call) TORCH_ERROR_CODE_CHECK(call)
+#endif
+
 namespace mamba_ops {
 
 using torch::headeronly::ScalarType;

@@ -3,10 +3,6 @@
 #pragma once
 #include "ops/check.h"
 
-#ifndef STABLE_TORCH_ERROR_CODE_CHECK  // up to torch 2.11: an error without the failed call's own message
-#define STABLE_TORCH_ERROR_CODE_CHECK(call) TORCH_ERROR_CODE_CHECK(call)
-#endif
-
 namespace mamba_ops {
 
 // Memory of t, `offset` elements from its first one.

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from ..nn import AttentionCache
+from ..nn.cache import STATE_DTYPES
 from .checkpoint import CheckpointError, read_safetensors, replacing, require_safetensors
 from .graph import StepGraph
 from .lm import LanguageModel, Pass
@@ -22,9 +23,7 @@ from .state import ModelCache
 Prompts = Tensor | Sequence[Tensor] | Sequence[Sequence[int]]
 FORMAT = "mamba_ops.session.1"
 CACHE = "cache."
-DTYPES = {
-    str(d).removeprefix("torch."): d for d in (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-}
+DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in STATE_DTYPES}
 
 
 class Session:

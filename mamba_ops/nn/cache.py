@@ -157,9 +157,12 @@ class AttentionCache(Cache):
             mine.copy_(torch.where(fresh, gathered.to(mine.dtype), mine))
 
 
+STATE_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
 def state_dtype_of(activations: torch.dtype, wanted: torch.dtype | None) -> torch.dtype:
     """The dtype of a recurrent state: the wanted one, else that of the arithmetic."""
-    if wanted not in (None, torch.float32, torch.bfloat16, torch.float16, torch.float64):
+    if wanted is not None and wanted not in STATE_DTYPES:
         raise ValueError(
             f"allocate_cache: state_dtype must be float32, bfloat16, float16 or float64, got {wanted}"
         )
