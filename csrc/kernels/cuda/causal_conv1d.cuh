@@ -225,14 +225,15 @@ struct Past {
   }
 };
 
-// The taps of a thread's channels: weight[m] meets the token m steps back. NaN where the offsets are invalid.
+// The taps of a thread's channels (beyond the last one: its own): weight[m] meets the token m steps back. NaN
+// where the offsets are invalid.
 template <class R, int kC>
 struct Taps {
   R weight[kHalo][kC], bias[kC];
 
   __device__ Taps(const ConvFwd& p, const Sequences& seqs, int64_t channel) {
     const R poison = is_invalid(seqs) ? R(NAN) : R(0);
-    const auto clamped = [&](int j) { return channel + j < p.dims.d ? channel + j : channel; };
+    const auto clamped = [&](int j) { return min(channel + j, p.dims.d - 1); };
     with_data(p.weight, [&](const auto* data) {
 #pragma unroll
       for (int j = 0; j < kC; ++j)
