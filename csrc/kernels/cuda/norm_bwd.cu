@@ -116,20 +116,11 @@ __global__ void __maxnreg__(kGate != Gate::any ? 96 : 128)
   if (one_span) packs.load_weight(weight, p.fwd.weight, weight_vector);
   R* partial = static_cast<R*>(p.partial) + me.unit * dims.d + packs.group_column;
   const int64_t begin = me.unit, end = dims.rows(), step = cut.units;
-  const T *next_x = nullptr, *next_z = nullptr, *next_dy = nullptr;  // of the row to fetch
-  if (kPlain) {
-    next_x = packs.row(x, dims, begin);
-    next_dy = packs.row(dy, dims, begin);
-    if (gated) next_z = packs.row(z, dims, begin);
-  }
   const auto fetch = [&](int64_t row, int to) {
     if (row < end) {
-      arrivals.fetch(packs, next_x, to, 0);
-      arrivals.fetch(packs, next_dy, to, 1);
-      if (gated) arrivals.fetch(packs, next_z, to, 2);
-      next_x += step * x.stride[2];
-      next_dy += step * dy.stride[2];
-      next_z += step * z.stride[2];
+      arrivals.fetch(packs, packs.row(x, dims, row), to, 0);
+      arrivals.fetch(packs, packs.row(dy, dims, row), to, 1);
+      if (gated) arrivals.fetch(packs, packs.row(z, dims, row), to, 2);
     }
     __pipeline_commit();
   };
@@ -160,7 +151,7 @@ __global__ void __maxnreg__(kGate != Gate::any ? 96 : 128)
 #pragma unroll
       for (int k = 0; k < kPacks; ++k) {
         if (kPlain) load(packs, row, k);  // rather than hold them in registers
-        Real<T> gx[kPack], gz[kPack];
+        Real<T> gx[kPack], gz[kPack], again[kPack];
 #pragma unroll
         for (int i = 0; i < kPack; ++i) {
           const R xi = pack_x[k].at(i), gy = pack_dy[k].at(i), w = weight[k][i];
@@ -173,7 +164,9 @@ __global__ void __maxnreg__(kGate != Gate::any ? 96 : 128)
           const R v = before ? xi : xi * gate, gn = before ? gy * gate : gy;
           const R gv = gn * w * r - v * c, share = gn * (v * r);
           gx[i] = before ? gv : gv * gate;
-          gz[i] = before ? gy * (v * r * w) * slope : gv * xi * slope;
+          const R normed = v * r * w;
+          gz[i] = before ? gy * normed * slope : gv * xi * slope;
+          again[i] = before ? normed * gate : normed;
           if (one_span)
             dweight[k][i] += share;
           else if (i < packs.count(k))
@@ -181,20 +174,7 @@ __global__ void __maxnreg__(kGate != Gate::any ? 96 : 128)
         }
         packs.store(to_x, dx, k, gx);
         if (gated) packs.store(to_z, dz, k, gz);
-      }
-      if (y.data) {
-        T* to_y = packs.row(y, dims, row);
-#pragma unroll
-        for (int k = 0; k < kPacks; ++k) {
-          load(packs, row, k);
-          Real<T> again[kPack];
-#pragma unroll
-          for (int i = 0; i < kPack; ++i) {
-            const R gate = gated ? silu(R(pack_z[k].at(i))) : R(1);
-            again[i] = R(pack_x[k].at(i)) * gate * (r * weight[k][i]);
-          }
-          packs.store(to_y, y, k, again);
-        }
+        if (y.data) packs.store(packs.row(y, dims, row), y, k, again);
       }
     }
   }
