@@ -10,9 +10,8 @@ PYBIND11_MODULE(_C, m) {
   m.def("cpu_isas", &mamba_ops::runnable_cpu_isas, "Those that this machine can run, narrowest first.");
   m.def("set_cpu_isa", &mamba_ops::force_cpu_isa, pybind11::arg("name"), "Forces an instruction set.");
   m.def("set_cuda_path", &mamba_ops::force_cuda_path, pybind11::arg("name"),
-        "\"auto\": the fastest CUDA kernels that can run a call; \"portable\": those for any GPU; \"small\": "
-        "as "
-        "they run on a GPU with 99 KB of shared memory a block.");
+        "\"auto\": the fastest CUDA kernels that can run a call; \"portable\": those for any GPU; "
+        "\"small\": those, as they run on a GPU with 99 KB of shared memory a block.");
   m.def("plan", &mamba_ops::plan, pybind11::arg("op"), pybind11::arg("device"), pybind11::arg("dtype"),
         pybind11::arg("sizes"), "What a call would run, from its sizes by their letters.");
 }
