@@ -7,9 +7,10 @@
 // memory (16 KiB a block along channels, 8 KiB along tokens; none where packs are not whole). Final states: a
 // second, small kernel, a channel a thread. No value is summed by two threads: bitwise repeatable.
 //
-// Bound by memory: b4 d5376 l4096 bfloat16, SiLU, takes 0.128 ms channel-last and 0.126 channel-first on an
-// H100, 2.75 TB/s where a copy of as many bytes has 2.91. ncu (stretches of 64 tokens instead of 32): DRAM at
-// 80 % of its peak, issue slots 40 % busy.
+// Bound by memory: b4 d5376 l4096 bfloat16, SiLU, takes 0.094 ms channel-last and 0.101 channel-first on an
+// H200, 3.7 and 3.5 TB/s where a copy has 4.2. Blocks live for 10 us or so: taps are read once the first
+// packs are on their way. ncu (H100, stretches of 64 tokens instead of 32): DRAM at 80 % of its peak, issue
+// slots 40 % busy.
 #include "kernels/cuda/causal_conv1d.cuh"
 
 namespace mamba_ops {
@@ -18,9 +19,11 @@ namespace gpu {
 
 namespace {
 
-// Where channels are contiguous: packs of conv_tiles, tokens of a step, tokens on their way. Elsewhere: packs
+// Packs of conv_tiles. Where channels are contiguous: tokens of a step, tokens on their way. Elsewhere: packs
 // on their way.
-constexpr int kMaxChunks = 8, kTokens = 4, kAhead = 16, kPacks = 4;
+template <int kC>
+constexpr int kMaxChunks = kC > 1 ? 8 : 16;
+constexpr int kTokens = 4, kAhead = 16, kPacks = 4;
 
 template <class R, int kC>
 __device__ inline void output(R (&out)[kC], const Taps<R, kC>& taps, const Past<R, kC>& past, int w,
@@ -49,7 +52,6 @@ __global__ void __launch_bounds__(kConvThreads, sizeof(T) > 2 ? 4
   const bool with_silu = kFull || dims.silu;
   const Tokens<T> x(p.x), y(p.y);
   const int channels = kVector ? kC : int(min(dims.d - me.channel, int64_t(kC)));
-  const Taps<R, kC> taps(p, seqs, me.channel);
 
   for (int64_t row = blockIdx.y; row < dims.b; row += gridDim.y) {
     const T* const from = x.data + row * x.stride_b + me.channel * x.stride_d;
@@ -66,6 +68,7 @@ __global__ void __launch_bounds__(kConvThreads, sizeof(T) > 2 ? 4
           arrivals.fetch(t);
           __pipeline_commit();
         }
+        const Taps<R, kC> taps(p, seqs, me.channel);
         if (is_inside(seqs, row, first))
 #pragma unroll
           for (int m = 1; m < kHalo; ++m) {
@@ -99,7 +102,7 @@ __global__ void __launch_bounds__(kConvThreads, sizeof(T) > 2 ? 4
     } else {
       const int64_t step = int64_t(me.strips) * kT, tile = me.token_tile * tiles.tokens;
       const int64_t tile_end = min(tile + tiles.tokens, dims.l);
-      const int own = int((tile_end - me.token + step - 1) / step);
+      const int own = int(tile_end - me.token + step - 1) / kT >> tiles.lane_bits;
       Arrivals arrivals(s_arrivals, from + (own > 0 ? me.token * x.stride_l : 0), max(own, 1),
                         step * x.stride_l, x.stride_l);
       for (int q = 0; q < kPacks; ++q) {
@@ -108,6 +111,7 @@ __global__ void __launch_bounds__(kConvThreads, sizeof(T) > 2 ? 4
       }
       auto carry =
           load_some<kVector, kHalo>(from + (tile - kHalo) * x.stride_l, x.stride_l, tile > 0 ? kHalo : 0);
+      const Taps<R, kC> taps(p, seqs, me.channel);
       for (int q = 0; tile + q * step < tile_end; ++q) {
         const int64_t strip = me.token + q * step, strip_end = min(strip + kT, dims.l);
         __pipeline_wait_prior(kPacks - 1);
@@ -168,7 +172,7 @@ const char* causal_conv1d_fwd_cuda(const ConvFwd& p, const Sequences& seqs, int6
   const cudaStream_t stream = static_cast<cudaStream_t>(cuda_stream);
   if (dims.b * dims.d * dims.l > 0) {
     const char* error = by_layout<kTokens, 4>(dims, p.x, [&]<class T, int kC, int kT>() -> const char* {
-      const ConvTiles tiles = conv_tiles<kC, kT>(dims, kMaxChunks);
+      const ConvTiles tiles = conv_tiles<kC, kT>(dims, kMaxChunks<kC>);
       if (!tiles.fits()) return "more tiles than one launch may have";
       const auto kernel = by_form<T, kC, kT>(dims, {&p.x, &p.y},
                                              [&]<ConvForm kForm>() { return conv_fwd<T, kC, kT, kForm>; });
