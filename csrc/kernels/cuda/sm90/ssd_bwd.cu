@@ -67,7 +67,7 @@ __global__ void __launch_bounds__(kChunkThreads, 1)
   if (threadIdx.x == 0) {
     for (int i = 0; i < Shared::kStages; ++i) {
       barrier_init(base + Shared::kFull + 8 * i, 1);
-      barrier_init(base + Shared::kEmpty + 8 * i, 12);
+      barrier_init(base + Shared::kEmpty + 8 * i, 3 * kWarpgroup);
     }
     barrier_init(base + Shared::kFactorsReady, 1);
     for (int i = 0; i < 2; ++i) barrier_init(base + Shared::kPReady + 8 * i, 4);

@@ -106,7 +106,7 @@ __device__ void walk_edges(const SsdBwdMaps& maps, const SsdBwdArgs& a, uint8_t*
       add_product<T>(dB, right, G);
       wgmma_commit();
       wgmma_wait<0>();
-      if (lane == 0) arrive(base + Shared::kEmpty + 8 * ring.stage);
+      arrive(base + Shared::kEmpty + 8 * ring.stage);
     }
 
     // What the pairs add: dB += dCB^T C, dC += dCB B. Rows of the first square are j.

@@ -89,11 +89,8 @@ __device__ void walk_inputs(const SsdBwdMaps& maps, const SsdBwdArgs& a, uint8_t
                          delta[r] * gX[4 * c + 2 * r + 1] + D2.y * dy2.y);
         }
       }
-      __syncwarp();
-      if (lane == 0) {
-        arrive(base + Shared::kEmpty + 8 * ring.stage);
-        wait_stores_read<0>();
-      }
+      arrive(base + Shared::kEmpty + 8 * ring.stage);
+      if (lane == 0) wait_stores_read<0>();
       __syncwarp();
       store_fragments(base + Shared::kDx, w, grads);
       fence_async_proxy();

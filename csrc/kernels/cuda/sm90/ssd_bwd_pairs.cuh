@@ -171,10 +171,8 @@ __device__ void walk_pairs(const SsdBwdArgs& a, uint8_t* shared, uint32_t base) 
                                       delta_row, runs, length, w, lane, others, column_sums, skip, p);
       }
       __syncwarp();
-      if (lane == 0) {
-        arrive(p_ready + 8);
-        arrive(base + Shared::kEmpty + 8 * ring.stage);
-      }
+      if (lane == 0) arrive(p_ready + 8);
+      arrive(base + Shared::kEmpty + 8 * ring.stage);
 #pragma unroll
       for (int r = 0; r < 2; ++r) sums[r] = (item.half ? others[r] : -others[r]) - sums[r];
       sum_rows(sums);
