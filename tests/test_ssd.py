@@ -224,11 +224,15 @@ def test_work_that_a_gpu_cuts(device: str, b: int, l: int, h: int, n: int) -> No
 
 
 @pytest.mark.parametrize("pack", [None, "seq_idx"])
-@pytest.mark.parametrize("n", [64, 128])
-def test_gradients_of_work_that_a_gpu_cuts(device: str, n: int, pack: str | None) -> None:
-    """Few and long sequences: the states of the backward are made in segments."""
+@pytest.mark.parametrize(
+    ("b", "l", "h", "n"), [(1, 1100, 3, 64), (1, 1100, 3, 128), (3, 70, 89, 64), (3, 70, 89, 128)]
+)
+def test_gradients_of_work_that_a_gpu_cuts(
+    device: str, b: int, l: int, h: int, n: int, pack: str | None
+) -> None:
+    """Few and long sequences: the states of the backward are made in segments; many heads: in pieces."""
     options = {"options": WITHOUT_GATE, "pack": pack, "dtype": torch.bfloat16, "device": device}
-    inputs = cases.ssd(1, 1100, 3, 64, n, **options)
+    inputs = cases.ssd(b, l, h, 64, n, **options)
     first = check(OPERATOR, inputs)
     second = evaluate(mamba_ops.ssd, inputs, ("y", "final_state"))
     assert all(torch.equal(first[name], second[name]) for name in second)

@@ -93,12 +93,13 @@ __global__ void __launch_bounds__(kChunkThreads, 1)
 }
 
 constexpr int kSms = 132;  // what blocks of heads are chosen for: sums come out the same on every GPU
+constexpr int kStateBlocks = 2 * kSms;
 
 constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 struct Workspace {
   int64_t starts, states, steps, sums, anchors, D, skips, partial_BC, partial_h, arrived;
-  int64_t flags, ends, decays, bytes;
+  int64_t flags, handed, decays, bytes;
 };
 
 // Heads of a block such that the blocks fill the SMs in whole turns; entering a tile costs about as much as
@@ -137,10 +138,11 @@ SsdBwdArgs arguments(const SsdBwd& p, const Sequences& seqs) {
   a.blocks_B = a.heads_per_B / a.sharing * a.blocks;
   a.blocks_C = a.heads_per_C / a.sharing * a.blocks;
   a.parts = int(std::clamp<int64_t>(dims.b * a.chunks / 2, 1, 128));
+  const int chains = int(2 * ceil_div(a.sharing, kStateHeads) * a.shares * a.b);
   // Segments where chains leave SMs idle. Two would gain nothing: all but the last are walked twice.
-  a.chains = int(2 * ceil_div(a.sharing, kStateHeads) * a.shares * a.b);
-  a.segments = std::min(kSms / a.chains, a.tiles / 4);
+  a.segments = std::min(kStateBlocks / chains, a.tiles / 4);
   if (a.segments < 3) a.segments = 1;
+  a.cut = {a.tiles, chains, a.segments > 1 ? a.segments * chains : std::min(chains, kStateBlocks)};
   return a;
 }
 
@@ -164,10 +166,10 @@ Workspace workspace(const SsdBwdArgs& a) {
       a.sums_blocks() ? int64_t(a.blocks) * a.shares * a.b * a.tiles * kTile * 2 * n * sizeof(float) : 0);
   at.partial_h = take(int64_t(a.parts) * a.h * kHeadSums * sizeof(double));
   at.arrived = take(a.h * sizeof(int));
-  if (a.segments > 1) {
-    at.flags = take((1 + a.ends_count()) * sizeof(int));
-    at.ends = take(a.ends_count() * kTile * n * sizeof(float));
-    at.decays = take(a.ends_count() * sizeof(float));
+  if (const int64_t handed = a.handed_count()) {
+    at.flags = take((1 + handed) * sizeof(int));
+    at.handed = take(handed * kTile * n * sizeof(float));
+    at.decays = take(handed * sizeof(float));
   }
   return at;
 }
@@ -219,7 +221,7 @@ const char* launch(const SsdBwdMaps& maps, const SsdBwdArgs& a, cudaStream_t str
   const auto steps = wide_steps ? ssd_bwd_steps<float> : ssd_bwd_steps<T>;
   const auto reduce = wide_steps ? ssd_bwd_reduce<T, float> : ssd_bwd_reduce<T, T>;
   steps<<<unsigned(step_blocks), 32 * kStepWarps, 0, stream>>>(a);
-  states<<<a.chains * a.segments, kStateThreads, kStatesBytes, stream>>>(maps, a);
+  states<<<a.cut.blocks, kStateThreads, kStatesBytes, stream>>>(maps, a);
   chunks<<<unsigned(std::min<int64_t>(items, kSms)), kChunkThreads, kChunksBytes, stream>>>(maps, a);
   reduce<<<unsigned(sum_blocks + factor_blocks), kReduceThreads, 0, stream>>>(a);
   return launch_error();
@@ -243,7 +245,7 @@ const char* run(const SsdBwd& p, const Sequences& seqs, void* memory, cudaStream
   a.arrived = reinterpret_cast<int*>(base + at.arrived);
   a.ticket = reinterpret_cast<int*>(base + at.flags);
   a.flags = a.ticket + 1;
-  a.ends = reinterpret_cast<float*>(base + at.ends);
+  a.handed = reinterpret_cast<float*>(base + at.handed);
   a.decays = reinterpret_cast<float*>(base + at.decays);
   const bool is_bf16 = p.fwd.x.dtype == DType::bf16;
   if (p.fwd.dims.n == 128)

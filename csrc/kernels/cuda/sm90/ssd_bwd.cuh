@@ -3,6 +3,7 @@
 #pragma once
 #include "kernels/cuda/halves.cuh"
 #include "kernels/cuda/sequences.cuh"
+#include "kernels/cuda/sm90/hand_over.cuh"
 #include "kernels/cuda/sm90/ptx.cuh"
 #include "kernels/cuda/ssd_steps.cuh"
 
@@ -13,7 +14,7 @@ constexpr int kTileBytes = kTile * 128;
 constexpr int kChunk = 2 * kTile;
 constexpr int kStepBytes = 2 * kChunk * int(sizeof(float));  // delta and s of a chunk
 constexpr int kWarpgroup = 128;
-constexpr int kStateHeads = 4;  // of a block that makes states
+constexpr int kStateHeads = 2;  // of a block that makes states
 template <int kN>
 constexpr int kFactorBytes = kN / 64 * kTileBytes;  // of a tile of B or C, and of a state
 
@@ -36,7 +37,8 @@ struct SsdBwdArgs {
   int heads, blocks;             // of a block of heads; blocks of a share
   int blocks_B, blocks_C;        // that add to one group of dB, of dC
   int parts;                     // of the last launch's sums over the tokens of a head
-  int chains, segments;          // of the states; segments of a chain
+  Cut cut;                       // of the states' chains, in tiles
+  int segments;                  // of a chain; 1: blocks own pieces of chains
   // Workspace; (b h): row * h + head.
   uint64_t* starts;  // (b, 2 chunks) of 64 tokens: the tokens at which runs begin; null: rows are one run
   uint8_t* states;   // (b h, chunks, H and G, n / 64, 64, 64) as wgmma reads them
@@ -49,13 +51,15 @@ struct SsdBwdArgs {
   double* partial_h;  // (parts, h, 2 + 64): dA, ddt_bias, dD per channel
   int* arrived;       // (h): parts that are done
   int* ticket;        // blocks of the states that run; then flags
-  int* flags;         // (segments, chains, kStateHeads): the segment's end is there
-  float* ends;        // (segments, chains, kStateHeads, 64 n): states walked from nothing; unused where there
-  float* decays;      // is one segment, as are their decays
+  int* flags;         // (blocks of the states, kStateHeads): the state is handed over
+  float* handed;      // (blocks of the states, kStateHeads, 64 n)
+  float* decays;      // (blocks of the states, kStateHeads): of segments
 
   __host__ __device__ bool sums_blocks() const { return blocks_B > 1 || blocks_C > 1; }
   __device__ int64_t row_head(int row, int head) const { return int64_t(row) * h + head; }
-  __host__ __device__ int64_t ends_count() const { return int64_t(segments) * chains * kStateHeads; }
+  __host__ __device__ int handed_count() const {
+    return segments > 1 || cut.cuts_chains() ? cut.blocks * kStateHeads : 0;
+  }
   __device__ uint64_t starts_of(int row, int tile) const {
     return starts ? starts[int64_t(row) * 2 * chunks + tile] : 0;
   }

@@ -3,27 +3,60 @@
 //
 //   H <- e^T H + sum_j delta_j e^{T - s_j} x_j B_j^T        G <- e^T G + sum_i e^{s_i} dy_i C_i^T
 //
-// tile by tile, s and T counted from the tile's first token. A block takes kStateHeads heads that share B and
-// C in one direction along a row, a warpgroup one of them: the state (p x n) in float32 registers, the
-// weighted tokens from shared memory through ldmatrix as the left factor (p x 64 tokens), the tile of B or C
-// (64 x n) as the right one. The state is rounded and stored where a chunk begins (H) or ends (G). Each warp
-// makes the weights for itself: no barrier but those of the stages. The first thread loads the tile after
-// next before it takes one: memory answers later than a tile takes. Where runs begin in a tile, what lies on
-// their other side has no weight, and the state ends.
+// tile by tile, s and T counted from the tile's first token. A chain is two heads that share B and C, in one
+// direction along a row. A block takes pieces of chains (hand_over.cuh: 264 blocks, two on an SM, have the
+// same number of tiles), a warpgroup one of the heads: the state (p x n) in float32 registers, the weighted
+// tokens from shared memory through ldmatrix as the left factor (p x 64 tokens), the tile of B or C (64 x n)
+// as the right one. The state is rounded and stored where a chunk begins (H) or ends (G). Each warp makes the
+// weights for itself: no barrier but those of the stages. The first thread loads the next tile before it
+// takes one. Where runs begin in a tile, what lies on their other side has no weight, and the state ends. A
+// state that another block goes on with is handed over in float32: no sum depends on how chains are cut.
 //
 // Few chains over long rows are cut into segments, a block each: it walks its segment from nothing, hands
 // over what comes out and the decay, then adds up what the segments before handed over and walks again.
 //
-// Shared memory (n = 128; once on an SM): 3 stages of B or C 16 KiB, 4 tiles of tokens 32 KiB and their steps
-// 4 KiB; the stored images 4 x 16 KiB, weights 4 KiB.
+// Shared memory (n = 128; twice on an SM): 2 stages of B or C 16 KiB, two tiles of tokens 16 KiB and their
+// steps 2 KiB; the stored images 2 x 16 KiB, weights 2 KiB.
 #pragma once
+#include <new>
+
 #include "kernels/cuda/sm90/hand_over.cuh"
 #include "kernels/cuda/sm90/ssd_bwd.cuh"
 
 namespace mamba_ops::gpu::sm90 {
 
-constexpr int kStateStages = 3;
+constexpr int kStateStages = 2;
 constexpr int kStateThreads = kStateHeads * kWarpgroup;
+
+// Two heads in one direction. The chains: direction fastest, then blocks of heads, shares, rows.
+struct Chain {
+  bool reverse;
+  int row, head, heads, group;  // group: of B or C
+
+  Chain() = default;
+  __device__ Chain(const SsdBwdArgs& a, int number) {
+    const int blocks = (a.sharing + kStateHeads - 1) / kStateHeads;
+    reverse = number % 2;
+    const int block = number / 2 % blocks, share = number / 2 / blocks % a.shares;
+    row = number / 2 / blocks / a.shares;
+    head = share * a.sharing + block * kStateHeads;
+    heads = min(kStateHeads, a.sharing - block * kStateHeads);
+    group = head / (reverse ? a.heads_per_C : a.heads_per_B);
+  }
+  // Number `at` of the walk.
+  __device__ int tile(const SsdBwdArgs& a, int at) const { return reverse ? a.tiles - 1 - at : at; }
+};
+
+// The pieces of a block and how far its loads are, which are one thread's. In shared memory: registers are
+// short.
+struct StateLoads {
+  BlockPieces pieces;
+  Chain chain;
+  int piece = -1, at = 0, end = 0;
+  uint32_t i = 0;  // tiles so far
+
+  __device__ StateLoads(const SsdBwdArgs& a, int index, int again) : pieces(a.cut, index, again) {}
+};
 
 template <int kN>
 struct StatesShared {
@@ -32,56 +65,34 @@ struct StatesShared {
   static constexpr int kImages = kStateStages * kStage;
   static constexpr int kWeights = kImages + kStateHeads * kFactorBytes<kN>;
   static constexpr int kBarriers = kWeights + kStateHeads * 4 * kTile * int(sizeof(float));
-  static constexpr int kBytes = kBarriers + 2 * kStateStages * 8 + 1024;
+  static constexpr int kLoads = kBarriers + 2 * kStateStages * 8,
+                       kBytes = kLoads + int(sizeof(StateLoads)) + 1024;
 };
 
-// A segment of a chain. The blocks: direction fastest, then blocks of heads, shares, rows, segments.
-struct Chain {
-  bool reverse;
-  int row, head, heads, number, segment;
-  int begin, count;  // tiles, in the order of the walk
-  int entry;         // steps of a first walk from nothing: none, or count
-
-  __device__ Chain(const SsdBwdArgs& a, int block) {
-    const int blocks = (a.sharing + kStateHeads - 1) / kStateHeads;
-    segment = block / a.chains;
-    number = block % a.chains;
-    reverse = number % 2;
-    const int block_of_heads = number / 2 % blocks, share = number / 2 / blocks % a.shares;
-    row = number / 2 / blocks / a.shares;
-    head = share * a.sharing + block_of_heads * kStateHeads;
-    heads = min(kStateHeads, a.sharing - block_of_heads * kStateHeads);
-    const auto first = [&](int segment) { return int(int64_t(a.tiles) * segment / a.segments); };
-    begin = first(segment);
-    count = first(segment + 1) - begin;
-    entry = is_last(a) ? 0 : count;
-  }
-  __device__ bool is_last(const SsdBwdArgs& a) const { return segment == a.segments - 1; }
-  // Of step i.
-  __device__ int tile(const SsdBwdArgs& a, int i) const {
-    const int at = begin + (i < count ? i : i - count);
-    return reverse ? a.tiles - 1 - at : at;
-  }
-  // What a head hands over after a segment.
-  __device__ int64_t end(const SsdBwdArgs& a, int segment, int local) const {
-    return (int64_t(segment) * a.chains + number) * kStateHeads + local;
-  }
-};
-
-// The tile of step i, once all warps are done with the last one in its stage.
+// The next tile, if there is one, once all warps are done with the last one in its stage.
 template <int kN>
-__device__ inline void load_tile(const SsdBwdMaps& maps, const SsdBwdArgs& a, const Chain& chain, int i,
+__device__ inline void load_tile(const SsdBwdMaps& maps, const SsdBwdArgs& a, StateLoads& loads,
                                  uint32_t base) {
   using Shared = StatesShared<kN>;
+  if (loads.at == loads.end) {
+    if (loads.piece + 1 == loads.pieces.count) return;
+    const ChainPiece piece = loads.pieces[++loads.piece];
+    loads.chain = Chain(a, piece.chain);
+    loads.at = piece.begin;
+    loads.end = piece.end;
+  }
+  const Chain chain = loads.chain;
   const CUtensorMap &factor = chain.reverse ? maps.C : maps.B, &tokens = chain.reverse ? maps.dy : maps.x;
-  const int stage = i % kStateStages, t = chain.tile(a, i) * kTile;
-  const int group = chain.head / (chain.reverse ? a.heads_per_C : a.heads_per_B);
+  const uint32_t i = loads.i++, stage = i % kStateStages;
+  const int t = chain.tile(a, loads.at++) * kTile;
   const uint32_t to = base + stage * Shared::kStage, ready = base + Shared::kBarriers + 8 * stage;
   wait_for(ready + 8 * kStateStages, i / kStateStages % 2 ^ 1);
   arrive_and_expect(ready, kFactorBytes<kN> + chain.heads * (kTileBytes + kStepBytes));
   for (int slab = 0; slab < kN / 64; ++slab)
-    tma_load(to + slab * kTileBytes, factor, ready, slab * 64, t, group, chain.row);
-  for (int k = 0; k < chain.heads; ++k) {
+    tma_load(to + slab * kTileBytes, factor, ready, slab * 64, t, chain.group, chain.row);
+#pragma unroll
+  for (int k = 0; k < kStateHeads; ++k) {
+    if (k == chain.heads) break;
     tma_load(to + Shared::kTokens + k * kTileBytes, tokens, ready, 0, t, chain.head + k, chain.row);
     const int64_t chunk = a.row_head(chain.row, chain.head + k) * a.chunks + t / kChunk;
     bulk_load(to + Shared::kSteps + k * kStepBytes, a.steps + chunk * 2 * kChunk, kStepBytes, ready);
@@ -106,148 +117,158 @@ __device__ inline void store_state(float* to, const float (&state)[kN / 2], int 
     *reinterpret_cast<float2*>(to + i % 2 * 8 * kN + i / 2 * 8) = {state[2 * i], state[2 * i + 1]};
 }
 
-// What enters a segment: what enters the row, through all segments before.
+// What enters a piece. Into a segment: what enters the row, through all segments before.
 template <int kN>
-__device__ inline void enter_segment(float (&state)[kN / 2], const SsdBwdArgs& a, const Chain& chain,
-                                     int local, int64_t row_head, int w, int lane) {
-#pragma unroll
-  for (float& v : state) v = 0;
-  if (const void* first = chain.reverse ? a.p.dstates_out : a.p.fwd.states_in)
+__device__ inline void enter(float (&state)[kN / 2], const SsdBwdArgs& a, const Chain& chain,
+                             const ChainPiece& piece, int64_t row_head, int index, int local) {
+  const int w = threadIdx.x / 32 % 4, lane = threadIdx.x % 32;
+  const void* first = chain.reverse ? a.p.dstates_out : a.p.fwd.states_in;
+  if (first && (piece.begin == 0 || a.segments > 1))
     load_state<kN>(state, static_cast<const float*>(first) + row_head * kTile * kN, w, lane);
-  for (int segment = 0; segment < chain.segment; ++segment) {
-    const int64_t end = chain.end(a, segment, local);
-    wait_for_flag(a.flags + end, 1 + local);
-    add_fragment(state, __ldcg(a.decays + end), a.ends + end * kTile * kN);
+  if (piece.begin == 0) return;
+  for (int before = a.segments > 1 ? index / a.segments * a.segments : index - 1; before < index; ++before) {
+    const int64_t at = int64_t(before) * kStateHeads + local;
+    wait_for_flag(a.flags + at, 1 + local);
+    add_fragment(state, a.segments > 1 ? __ldcg(a.decays + at) : 0.f, a.handed + at * kTile * kN);
   }
 }
 
 template <class T, int kN>
-__device__ void walk_states(const SsdBwdMaps& maps, const SsdBwdArgs& a, const Chain& chain, uint8_t* shared,
-                            uint32_t base) {
+__device__ void walk_states(const SsdBwdMaps& maps, const SsdBwdArgs& a, uint8_t* shared, uint32_t base) {
   using Shared = StatesShared<kN>;
-  const int lane = threadIdx.x % 32, local = threadIdx.x / kWarpgroup;
+  StateLoads& loads = *reinterpret_cast<StateLoads*>(shared + Shared::kLoads);
+  const BlockPieces& pieces = loads.pieces;
+  const int lane = threadIdx.x % 32, local = __shfl_sync(kAllLanes, threadIdx.x / kWarpgroup, 0);
   const int w = __shfl_sync(kAllLanes, threadIdx.x / 32 % 4, 0);
-  const bool reverse = chain.reverse;
-  const int64_t row_head = a.row_head(chain.row, chain.head + local);
   const uint32_t full = base + Shared::kBarriers, empty = full + 8 * kStateStages;
   const uint32_t image = base + Shared::kImages + local * kFactorBytes<kN>;
   float* weights = reinterpret_cast<float*>(shared + Shared::kWeights) + threadIdx.x / 32 * kTile;
-  uint8_t* images = a.states + (row_head * a.chunks * 2 + reverse) * kFactorBytes<kN>;
   // Turned fragments of the tokens: matrices (tokens + 0, p + 0), (+ 0, + 8), (+ 8, + 0), (+ 8, + 8).
   const int turned = (lane / 16 * 8 + lane % 8) * 128 + ((2 * w + lane / 8 % 2 ^ lane % 8) << 4);
 
-  float state[kN / 2], through = 1;  // through: the decay of the segment
-#pragma unroll
-  for (float& v : state) v = 0;
-  uint64_t next_starts = a.starts_of(chain.row, chain.tile(a, 0));
-  const int steps = chain.entry + chain.count;
-  constexpr int kAhead = kStateStages - 1;
   if (threadIdx.x == 0)
-    for (int i = 0; i < min(kAhead, steps); ++i) load_tile<kN>(maps, a, chain, i, base);
-  for (int i = 0; i < steps; ++i) {
-    if (threadIdx.x == 0 && i + kAhead < steps) load_tile<kN>(maps, a, chain, i + kAhead, base);
-    __syncwarp();
-    if (i == chain.entry) {
-      if (i > 0) {
-        const int64_t end = chain.end(a, chain.segment, local);
-        store_fragment(a.ends + end * kTile * kN, state);
-        if (threadIdx.x % kWarpgroup == 0) a.decays[end] = through;
-        raise_flag(a.flags + end, 1 + local);
+    for (int i = 0; i + 1 < kStateStages; ++i) load_tile<kN>(maps, a, loads, base);
+  uint32_t i = 0;
+  for (int number = 0; number < pieces.count; ++number) {
+    const ChainPiece piece = pieces[number];
+    const Chain chain(a, piece.chain);
+    const bool reverse = chain.reverse, active = local < chain.heads, from_nothing = number < pieces.again;
+    const int64_t row_head = a.row_head(chain.row, chain.head + local);
+    float state[kN / 2], through = 1;  // through: the decay of the piece
+#pragma unroll
+    for (float& v : state) v = 0;
+    if (active && !from_nothing) enter<kN>(state, a, chain, piece, row_head, pieces.index, local);
+    uint64_t next_starts = a.starts_of(chain.row, chain.tile(a, piece.begin));
+    for (int at = piece.begin; at < piece.end; ++at, ++i) {
+      if (threadIdx.x == 0) load_tile<kN>(maps, a, loads, base);
+      __syncwarp();
+      const int tile = chain.tile(a, at);
+      const uint32_t stage = i % kStateStages;
+      if (!active) {
+        wait_for(full + 8 * stage, i / kStateStages % 2);
+        arrive(empty + 8 * stage);
+        continue;
       }
-      enter_segment<kN>(state, a, chain, local, row_head, w, lane);
-    }
-    const int tile = chain.tile(a, i), stage = i % kStateStages;
-    if (i >= chain.entry && (reverse ? tile % 2 == 1 || tile == a.tiles - 1 : tile % 2 == 0)) {
-      if (lane == 0) wait_stores_read<0>();
-      __syncwarp();
+      if (!from_nothing && (reverse ? tile % 2 == 1 || tile == a.tiles - 1 : tile % 2 == 0)) {
+        if (lane == 0) wait_stores_read<0>();
+        __syncwarp();
 #pragma unroll
-      for (int slab = 0; slab < kN / 64; ++slab)
-        store_tile<T>(image + slab * kTileBytes, w, state + 32 * slab);
-      fence_async_proxy();
-      __syncwarp();
-      if (lane == 0) {
-        uint8_t* to = images + int64_t(tile / 2) * 2 * kFactorBytes<kN>;
+        for (int slab = 0; slab < kN / 64; ++slab)
+          store_tile<T>(image + slab * kTileBytes, w, state + 32 * slab);
+        fence_async_proxy();
+        __syncwarp();
+        if (lane == 0) {
+          uint8_t* to = a.states + ((row_head * a.chunks + tile / 2) * 2 + reverse) * kFactorBytes<kN>;
 #pragma unroll
-        for (int slab = 0; slab < kN / 64; ++slab) {
-          const int at = slab * kTileBytes + w * 16 * 128;
-          bulk_store(to + at, image + at, 16 * 128);
+          for (int slab = 0; slab < kN / 64; ++slab) {
+            const int at = slab * kTileBytes + w * 16 * 128;
+            bulk_store(to + at, image + at, 16 * 128);
+          }
+          commit_stores();
         }
-        commit_stores();
       }
-    }
 
-    const uint64_t starts = next_starts;
-    if (i + 1 < steps) next_starts = a.starts_of(chain.row, chain.tile(a, i + 1));
-    const uint32_t factor = base + stage * Shared::kStage;
-    const uint32_t tokens = factor + Shared::kTokens + local * kTileBytes + turned;
-    const float* delta = reinterpret_cast<const float*>(shared + stage * Shared::kStage + Shared::kSteps +
-                                                        local * kStepBytes) +
-                         tile % 2 * kTile;
-    const float* s = delta + kChunk;
-    wait_for(full + 8 * stage, i / kStateStages % 2);
-    const float first = tile % 2 ? s[-1] : 0.f, last = s[kTile - 1];
-    const float2 s2 = *reinterpret_cast<const float2*>(s + 2 * lane);
-    const float2 delta2 = *reinterpret_cast<const float2*>(delta + 2 * lane);
-    float2 weight = reverse ? make_float2(exp2_of(s2.x - first), exp2_of(s2.y - first))
-                            : make_float2(exp2_of(last - s2.x) * delta2.x, exp2_of(last - s2.y) * delta2.y);
-    float decay = exp2_of(last - first);
-    if (starts) {
-      const auto counts = [&](int j) { return reverse ? j < first_start(starts) : j >= last_start(starts); };
-      if (!counts(2 * lane)) weight.x = 0;
-      if (!counts(2 * lane + 1)) weight.y = 0;
-      decay = 0;
-    }
-    *reinterpret_cast<float2*>(weights + 2 * lane) = weight;
-    through *= decay;
-#pragma unroll
-    for (int k = 0; k < kN / 2; ++k) state[k] *= decay;
-    __syncwarp();
-    Fragments left;
-#pragma unroll
-    for (int k = 0; k < 4; ++k) {
-      ldmatrix<true>(left[k], tokens + k * 2048);
-#pragma unroll
-      for (int c = 0; c < 2; ++c) {
-        const float2 by = *reinterpret_cast<const float2*>(weights + 16 * k + 8 * c + 2 * (lane % 4));
-#pragma unroll
-        for (int r = 0; r < 2; ++r) left[k][2 * c + r] = scale<T>(left[k][2 * c + r], by.x, by.y);
+      const uint64_t starts = next_starts;
+      if (at + 1 < piece.end) next_starts = a.starts_of(chain.row, chain.tile(a, at + 1));
+      const uint32_t factor = base + stage * Shared::kStage;
+      const uint32_t tokens = factor + Shared::kTokens + local * kTileBytes + turned;
+      const float* delta = reinterpret_cast<const float*>(shared + stage * Shared::kStage + Shared::kSteps +
+                                                          local * kStepBytes) +
+                           tile % 2 * kTile;
+      const float* s = delta + kChunk;
+      wait_for(full + 8 * stage, i / kStateStages % 2);
+      const float first = tile % 2 ? s[-1] : 0.f, last = s[kTile - 1];
+      const float2 s2 = *reinterpret_cast<const float2*>(s + 2 * lane);
+      const float2 delta2 = *reinterpret_cast<const float2*>(delta + 2 * lane);
+      float2 weight = reverse ? make_float2(exp2_of(s2.x - first), exp2_of(s2.y - first))
+                              : make_float2(exp2_of(last - s2.x) * delta2.x, exp2_of(last - s2.y) * delta2.y);
+      float decay = exp2_of(last - first);
+      if (starts) {
+        const auto counts = [&](int j) {
+          return reverse ? j < first_start(starts) : j >= last_start(starts);
+        };
+        if (!counts(2 * lane)) weight.x = 0;
+        if (!counts(2 * lane + 1)) weight.y = 0;
+        decay = 0;
       }
-    }
-    const uint64_t right = mn_major(factor, kTileBytes);
-    wgmma_fence();
+      *reinterpret_cast<float2*>(weights + 2 * lane) = weight;
+      through *= decay;
 #pragma unroll
-    for (int k = 0; k < 4; ++k) wgmma<T, true>(state, left[k], mn_major_step(right, k), true);
-    wgmma_commit();
-    wgmma_wait<0>();
-    arrive(empty + 8 * stage);
+      for (int k = 0; k < kN / 2; ++k) state[k] *= decay;
+      __syncwarp();
+      Fragments left;
+#pragma unroll
+      for (int k = 0; k < 4; ++k) {
+        ldmatrix<true>(left[k], tokens + k * 2048);
+#pragma unroll
+        for (int c = 0; c < 2; ++c) {
+          const float2 by = *reinterpret_cast<const float2*>(weights + 16 * k + 8 * c + 2 * (lane % 4));
+#pragma unroll
+          for (int r = 0; r < 2; ++r) left[k][2 * c + r] = scale<T>(left[k][2 * c + r], by.x, by.y);
+        }
+      }
+      const uint64_t right = mn_major(factor, kTileBytes);
+      wgmma_fence();
+#pragma unroll
+      for (int k = 0; k < 4; ++k) wgmma<T, true>(state, left[k], mn_major_step(right, k), true);
+      wgmma_commit();
+      wgmma_wait<0>();
+      arrive(empty + 8 * stage);
+    }
+    if (!active) continue;
+    if (piece.end == a.tiles) {
+      if (reverse && a.p.dstates_in)
+        store_state<kN>(static_cast<float*>(a.p.dstates_in) + row_head * kTile * kN, state, w, lane);
+    } else if (a.segments == 1 || from_nothing) {
+      const int64_t at = int64_t(pieces.index) * kStateHeads + local;
+      store_fragment(a.handed + at * kTile * kN, state);
+      if (threadIdx.x % kWarpgroup == 0) a.decays[at] = through;
+      raise_flag(a.flags + at, 1 + local);
+    }
   }
-  if (reverse && a.p.dstates_in && chain.is_last(a))
-    store_state<kN>(static_cast<float*>(a.p.dstates_in) + row_head * kTile * kN, state, w, lane);
   if (lane == 0) wait_stores<0>();
 }
 
 template <class T, int kN>
-__global__ void __launch_bounds__(kStateThreads, 1)
+__global__ void __launch_bounds__(kStateThreads, 2)
     ssd_bwd_states(const __grid_constant__ SsdBwdMaps maps, const __grid_constant__ SsdBwdArgs a) {
   using Shared = StatesShared<kN>;
   extern __shared__ uint8_t raw_shared[];
   uint8_t* shared = raw_shared + (-shared_address(raw_shared) & 1023);
   const uint32_t base = shared_address(shared);
   const uint32_t full = base + Shared::kBarriers, empty = full + 8 * kStateStages;
-  __shared__ int ticket;
-  if (threadIdx.x == 0) ticket = a.segments > 1 ? atomicAdd(a.ticket, 1) : int(blockIdx.x);
-  __syncthreads();
-  const Chain chain(a, ticket);
   if (threadIdx.x == 0) {
+    const int index = a.handed_count() ? atomicAdd(a.ticket, 1) : int(blockIdx.x);
+    // A segment that another follows is walked twice.
+    new (shared + Shared::kLoads) StateLoads(a, index, a.segments > 1 && (index + 1) % a.segments != 0);
     for (int i = 0; i < kStateStages; ++i) {
       barrier_init(full + 8 * i, 1);
-      barrier_init(empty + 8 * i, kWarpgroup * chain.heads);
+      barrier_init(empty + 8 * i, kStateThreads);
     }
     barriers_ready();
   }
   __syncthreads();
-  if (__shfl_sync(kAllLanes, threadIdx.x / kWarpgroup, 0) < chain.heads)
-    walk_states<T, kN>(maps, a, chain, shared, base);
+  walk_states<T, kN>(maps, a, shared, base);
 }
 
 }  // namespace mamba_ops::gpu::sm90

@@ -40,8 +40,8 @@ __global__ void __launch_bounds__(32 * kStepWarps) ssd_bwd_steps(const __grid_co
       reinterpret_cast<uint32_t*>(a.starts)[(int64_t(row) * a.chunks + chunk) * (kChunk / 32) + warp] = bits;
   }
   const bool invalid = is_invalid(a.seqs);
-  if (blockIdx.x == 0 && a.segments > 1)
-    for (int i = threadIdx.x; i < 1 + a.ends_count(); i += 32 * kStepWarps) a.ticket[i] = 0;
+  if (blockIdx.x == 0 && a.handed_count())
+    for (int i = threadIdx.x; i < 1 + a.handed_count(); i += 32 * kStepWarps) a.ticket[i] = 0;
   __syncthreads();
   for (int k = warp; k < heads; k += kStepWarps) {
     const float rate = parameter(f.A, head0 + k) * float(kLog2e), bias = parameter(f.dt_bias, head0 + k);

@@ -16,15 +16,14 @@ constexpr int kQ = 64;
 constexpr int kTile = kQ * 128;  // bytes of 64 x 64 values
 constexpr float kLog2E = float(kLog2e), kLn2 = float(1 / kLog2e);
 
-// How chains are dealt to blocks. Block i of `blocks` owns chunks [total i / blocks, total (i + 1) / blocks)
-// of all chains in a row.
+// How chains are dealt to blocks.
 //   segments = 1  blocks <= chains: no chain is cut more than once. The block before hands the state over.
 //   segments > 1  blocks = segments * chains: a block owns one segment of one chain. What enters it follows
 //                 from the ends of `parts` parts of every segment before, made by a pass of their own.
-struct Plan {
-  int chunks, chains, blocks, segments, parts;
+struct Plan : Cut {
+  int segments, parts;
 
-  __host__ __device__ bool hands_over() const { return segments == 1 && chains % blocks != 0; }
+  __host__ __device__ bool hands_over() const { return segments == 1 && cuts_chains(); }
   __host__ __device__ int ends() const { return (segments - 1) * parts; }  // of a chain
   __host__ __device__ int segment_begin(int segment) const {
     return int(int64_t(chunks) * segment / segments);
@@ -76,55 +75,6 @@ struct Pair {
   // The head of slab number `which`; of the first where there is no second.
   __device__ int head_of(const FwdArgs& args, int which) const {
     return which < count ? (slab + which) / args.slabs : head;
-  }
-};
-
-// A stretch of chunks of one chain.
-struct ChainPiece {
-  int chain, begin, end;
-};
-
-// The pieces of block `index`, the last chain first: what another block waits for is made before this one
-// waits.
-struct BlockPieces {
-  const Plan& plan;
-  int index, count;
-
-  __device__ BlockPieces(const Plan& plan, int index) : plan(plan), index(index) {
-    count = chain_before(index + 1) - int(first_chunk(index) / plan.chunks) + 1;
-  }
-  __device__ ChainPiece operator[](int i) const {
-    const int chain = chain_before(index + 1) - i;
-    const int64_t chunk = int64_t(chain) * plan.chunks;
-    return {chain, int(max(first_chunk(index) - chunk, int64_t(0))),
-            int(min(first_chunk(index + 1) - chunk, int64_t(plan.chunks)))};
-  }
-
- private:
-  __device__ int64_t first_chunk(int block) const {
-    return int64_t(plan.chains) * plan.chunks * block / plan.blocks;
-  }
-  __device__ int chain_before(int block) const { return int((first_chunk(block) - 1) / plan.chunks); }
-};
-
-// A walk over the chunks of a block.
-struct Walk {
-  const FwdArgs& args;
-  const BlockPieces& pieces;
-  int piece = -1, chain = 0, chunk = 0, end = 0;
-
-  __device__ Walk(const FwdArgs& args, const BlockPieces& pieces, int start) : args(args), pieces(pieces) {
-    skip(start);
-  }
-  __device__ bool valid() const { return piece < pieces.count; }
-  __device__ void skip(int count) {
-    chunk += count;
-    while (chunk >= end && ++piece < pieces.count) {
-      const ChainPiece one = pieces[piece];
-      chunk += one.begin - end;
-      chain = one.chain;
-      end = one.end;
-    }
   }
 };
 

@@ -232,7 +232,7 @@ __device__ void help(const Maps& maps, const FwdArgs& args, const BlockPieces& p
     reader.aim(args, pair.row, pair.head_of(args, warp), chunk.chunk);
     reader.read(args, chunk.chunk);
   };
-  Walk at(args, pieces, which);
+  Walk at(pieces, which);
   if (warp < 2) aim(at);
   int piece = -1;
   for (uint32_t i = which; at.valid(); at.skip(2), i += 2) {
