@@ -8,7 +8,8 @@
 //   chunks   a block of heads and 64 tokens at a time: dx; dB, dC, the sums for the steps, per block of heads
 //   reduce   ddt, and the sums over tokens (dA, ddt_bias, dD) and over blocks of heads (dB, dC)
 //
-// With a gate the forward runs first, without it, for o; then a launch puts the gradient of o in its place.
+// With a gate the forward runs first, without it, for o; the launch of the steps puts the gradient of o in
+// its place.
 //
 // Chunks are 128 tokens for the states, which halves their traffic, and 64 for everything else, so that what
 // the heads of a group add up to (dB, dC, dCB) fits in registers.
@@ -42,7 +43,6 @@
 
 #include "kernels/cuda/device.h"
 #include "kernels/cuda/sm90/ssd_bwd_edges.cuh"
-#include "kernels/cuda/sm90/ssd_bwd_gate.cuh"
 #include "kernels/cuda/sm90/ssd_bwd_inputs.cuh"
 #include "kernels/cuda/sm90/ssd_bwd_pairs.cuh"
 #include "kernels/cuda/sm90/ssd_bwd_reduce.cuh"
@@ -214,23 +214,29 @@ const char* launch(const SsdBwdMaps& maps, const SsdBwdArgs& a, cudaStream_t str
   if (const char* error = allow_shared(states, kStatesBytes)) return error;
   if (const char* error = allow_shared(chunks, kChunksBytes)) return error;
   const int64_t items = int64_t(a.tiles) * a.b * a.blocks * a.shares;
-  const int64_t step_blocks = ceil_div(a.h, kStepHeads) * a.chunks * a.b;
+  const unsigned step_blocks = unsigned(ceil_div(a.h, kStepHeads) * a.chunks * a.b),
+                 gate_blocks = a.z ? unsigned(ceil_div(int64_t(a.b) * a.l, kGateWarps)) : 0;
   const int64_t sum_blocks = ceil_div(a.h, kReduceHeads) * a.parts,
                 factor_blocks = a.sums_blocks() ? 2 * kSms : 0;
   const bool wide_steps = a.p.fwd.dt.dtype == DType::f32;
-  const auto steps = wide_steps ? ssd_bwd_steps<float> : ssd_bwd_steps<T>;
+  const auto steps = wide_steps ? ssd_bwd_steps<T, float> : ssd_bwd_steps<T, T>;
   const auto reduce = wide_steps ? ssd_bwd_reduce<T, float> : ssd_bwd_reduce<T, T>;
-  steps<<<unsigned(step_blocks), 32 * kStepWarps, 0, stream>>>(a);
+  steps<<<step_blocks + gate_blocks, 32 * kStepWarps, 0, stream>>>(a, step_blocks);
   states<<<a.cut.blocks, kStateThreads, kStatesBytes, stream>>>(maps, a);
   chunks<<<unsigned(std::min<int64_t>(items, kSms)), kChunkThreads, kChunksBytes, stream>>>(maps, a);
   reduce<<<unsigned(sum_blocks + factor_blocks), kReduceThreads, 0, stream>>>(a);
   return launch_error();
 }
 
-const char* run(const SsdBwd& p, const Sequences& seqs, void* memory, cudaStream_t stream) {
+// `gated`: the call that p is without its gate, or p.
+const char* run(const SsdBwd& p, const SsdBwd& gated, const Sequences& seqs, void* memory,
+                cudaStream_t stream) {
   SsdBwdMaps maps;
   if (const char* error = make_maps(maps, p)) return error;
   SsdBwdArgs a = arguments(p, seqs);
+  a.dy = gated.dy;
+  a.z = gated.fwd.z;
+  a.dz = gated.dz;
   const Workspace at = workspace(a);
   uint8_t* base = static_cast<uint8_t*>(memory);
   a.starts = seqs.id.data ? reinterpret_cast<uint64_t*>(base + at.starts) : nullptr;
@@ -270,14 +276,6 @@ struct Ungated {
     return fwd;
   }
 };
-
-const char* pass_gate(const SsdBwd& p, const View& o, cudaStream_t stream) {
-  const SsdDims& dims = p.fwd.dims;
-  const SsdGateArgs args = {o, p.dy, p.fwd.z, p.dz, dims.b, dims.l, int(dims.h)};
-  const auto gate = p.dy.dtype == DType::bf16 ? ssd_bwd_gate<bf16> : ssd_bwd_gate<f16>;
-  gate<<<unsigned(ceil_div(dims.b * dims.l, kGateWarps)), 32 * kGateWarps, 0, stream>>>(args);
-  return launch_error();
-}
 
 }  // namespace
 
@@ -323,12 +321,12 @@ int64_t ssd_bwd_hopper_workspace(const SsdBwd& p, const Sequences& seqs, int64_t
 const char* ssd_bwd_hopper(const SsdBwd& p, const Sequences& seqs, int64_t states, void* memory,
                            void* cuda_stream) {
   using namespace gpu::sm90;
-  if (!p.fwd.z) return run(p, seqs, memory, static_cast<cudaStream_t>(cuda_stream));
+  const cudaStream_t stream = static_cast<cudaStream_t>(cuda_stream);
+  if (!p.fwd.z) return run(p, p, seqs, memory, stream);
   const Ungated inner(p, memory);
   void* rest = static_cast<uint8_t*>(memory) + inner.bytes;
   if (const char* error = ssd_fwd_hopper(inner.forward(), seqs, states, rest, cuda_stream)) return error;
-  if (const char* error = pass_gate(p, inner.call.dy, static_cast<cudaStream_t>(cuda_stream))) return error;
-  return run(inner.call, seqs, rest, static_cast<cudaStream_t>(cuda_stream));
+  return run(inner.call, p, seqs, rest, stream);
 }
 
 }  // namespace mamba_ops

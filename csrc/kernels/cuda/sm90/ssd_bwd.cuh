@@ -28,7 +28,9 @@ struct SsdBwdMaps {
 };
 
 struct SsdBwdArgs {
-  SsdBwd p;
+  SsdBwd p;  // without a gate
+  // Of a call with a gate: what p leaves out. Then p.dy is o, and from the first launch on the gradient of o.
+  View dy, z, dz;
   Sequences seqs;
   int b, l, h;
   int tiles, chunks;             // of a row

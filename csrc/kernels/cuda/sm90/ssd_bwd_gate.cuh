@@ -1,4 +1,5 @@
-// The gate y = o silu(z), before everything else of the backward, given o.
+// The gate y = o silu(z), before everything else of the backward, given o; beside the steps
+// (ssd_bwd_steps.cuh).
 //
 //   do = dy silu(z), in o's place        dz = dy o silu'(z)
 //
@@ -10,23 +11,17 @@ namespace mamba_ops::gpu::sm90 {
 
 constexpr int kGateWarps = 8;
 
-struct SsdGateArgs {
-  View o, dy, z, dz;  // (b, l, h, p)
-  int64_t b, l;
-  int h;
-};
-
 template <class T>
-__global__ void __launch_bounds__(32 * kGateWarps) ssd_bwd_gate(const __grid_constant__ SsdGateArgs a) {
-  const int64_t token = int64_t(blockIdx.x) * kGateWarps + threadIdx.x / 32;
-  if (token >= a.b * a.l) return;
+__device__ void pass_gate(const SsdBwdArgs& a, unsigned block) {
+  const int64_t token = int64_t(block) * kGateWarps + threadIdx.x / 32;
+  if (token >= int64_t(a.b) * a.l) return;
   const int64_t row = token / a.l, t = token % a.l;
   for (int i = threadIdx.x % 32; i < a.h * (kTile / 8); i += 32) {
     const auto at = [&](const View& v) {
       return reinterpret_cast<uint4*>(static_cast<T*>(v.data) + row * v.stride[0] + t * v.stride[1] +
                                       i / (kTile / 8) * v.stride[2] + i % (kTile / 8) * 8);
     };
-    uint4 o4 = *at(a.o), z4 = *at(a.z);
+    uint4 o4 = *at(a.p.dy), z4 = *at(a.z);
     const uint4 dy4 = *at(a.dy);
 #pragma unroll
     for (int k = 0; k < 4; ++k) {
@@ -35,7 +30,7 @@ __global__ void __launch_bounds__(32 * kGateWarps) ssd_bwd_gate(const __grid_con
       o2 = pack<T>(dy.x * silu(z.x), dy.y * silu(z.y));
       z2 = pack<T>(dy.x * o.x * silu_grad(z.x), dy.y * o.y * silu_grad(z.y));
     }
-    *at(a.o) = o4;
+    *at(a.p.dy) = o4;
     *at(a.dz) = z4;
   }
 }

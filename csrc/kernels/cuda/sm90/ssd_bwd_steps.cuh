@@ -5,19 +5,20 @@
 // leaves along the tokens. A warp takes a head, a lane 4 neighbouring tokens. Beyond the row delta is 0 and s
 // stays.
 #pragma once
-#include "kernels/cuda/sm90/ssd_bwd.cuh"
+#include "kernels/cuda/sm90/ssd_bwd_gate.cuh"
 
 namespace mamba_ops::gpu::sm90 {
 
 constexpr int kStepHeads = 32, kStepWarps = 8;
+static_assert(kStepWarps == kGateWarps);
 
 template <class T>
-__global__ void __launch_bounds__(32 * kStepWarps) ssd_bwd_steps(const __grid_constant__ SsdBwdArgs a) {
+__device__ void make_steps(const SsdBwdArgs& a, unsigned block) {
   __shared__ float dt[kChunk][kStepHeads + 1];
   const SsdFwd& f = a.p.fwd;
   const int head_blocks = (a.h + kStepHeads - 1) / kStepHeads;
-  const int head0 = int(blockIdx.x % head_blocks) * kStepHeads, heads = min(kStepHeads, a.h - head0);
-  const int chunk = int(blockIdx.x / head_blocks % a.chunks), row = int(blockIdx.x / head_blocks / a.chunks);
+  const int head0 = int(block % head_blocks) * kStepHeads, heads = min(kStepHeads, a.h - head0);
+  const int chunk = int(block / head_blocks % a.chunks), row = int(block / head_blocks / a.chunks);
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, t0 = chunk * kChunk;
   const T* from = static_cast<const T*>(f.dt.data) + row * f.dt.stride[0] + head0 * f.dt.stride[2];
 #pragma unroll
@@ -40,7 +41,7 @@ __global__ void __launch_bounds__(32 * kStepWarps) ssd_bwd_steps(const __grid_co
       reinterpret_cast<uint32_t*>(a.starts)[(int64_t(row) * a.chunks + chunk) * (kChunk / 32) + warp] = bits;
   }
   const bool invalid = is_invalid(a.seqs);
-  if (blockIdx.x == 0 && a.handed_count())
+  if (block == 0 && a.handed_count())
     for (int i = threadIdx.x; i < 1 + a.handed_count(); i += 32 * kStepWarps) a.ticket[i] = 0;
   __syncthreads();
   for (int k = warp; k < heads; k += kStepWarps) {
@@ -59,6 +60,16 @@ __global__ void __launch_bounds__(32 * kStepWarps) ssd_bwd_steps(const __grid_co
     *reinterpret_cast<float4*>(to) = {delta[0], delta[1], delta[2], delta[3]};
     *reinterpret_cast<float4*>(to + kChunk) = {before + s[0], before + s[1], before + s[2], before + s[3]};
   }
+}
+
+// Blocks of steps, then those of the gate. T: type of the tokens, Dt: of dt.
+template <class T, class Dt>
+__global__ void __launch_bounds__(32 * kStepWarps)
+    ssd_bwd_steps(const __grid_constant__ SsdBwdArgs a, unsigned step_blocks) {
+  if (blockIdx.x < step_blocks)
+    make_steps<Dt>(a, blockIdx.x);
+  else
+    pass_gate<T>(a, blockIdx.x - step_blocks);
 }
 
 }  // namespace mamba_ops::gpu::sm90
