@@ -23,15 +23,19 @@
 // Threads that hand over what they stored themselves arrive at the barriers one by one, not one for its warp:
 // the compiler drops __syncwarp() where a warp is whole, and racecheck sees no other order among its threads.
 //
-// Bound (b4 l4096 h80 p64 n128 g1 bf16, H100 80 GB that copies 2.97 TB/s, SMs at 1.7 GHz): the same tiles of
-// x and y copied in the same order, and nothing else, take 0.124 ms. Nothing may wait for the helpers: while
-// they loaded a chunk only when they came to it, and read a spilled register back in each (280 cycles: reads
-// of dt sweep what is left of L1), it took 0.160 ms, n = 64 0.144, with x and y in the L2 cache 0.130 and
-// 0.107. Of the samples the slabs then waited for P in 12 %, steps 12 %, X 8 %, B and C 4 %; the helpers for
-// their warps 0, 1 (steps) in 21 %, B and C in 10 % (n = 64: 31 %). ncu: L2 67 %, DRAM 65 % of the
-// datasheet's rate, shared memory and L1 58 %; by count of cycles tensor cores 44 %, issue slots 37 %. No
-// gain: loads and stores that L2 drops first; P of both slabs at once where n = 64 leaves the registers
-// (0.119 instead of 0.107 from L2).
+// Measured (b4 l4096 h80 p64 g1 bf16, D, dt bias, softplus; ms, medians, L2 flushed; in brackets x and y from
+// L2):
+//                           n = 128           gate              n = 64            b8 l2048 h24, n = 128
+//   H200 (4.2 TB/s)         0.133 (0.130)     0.174 (0.166)     0.117 (0.106)     0.052
+//   H100 (2.97 TB/s)        0.149 (0.130)     0.206 (0.170)     0.144 (0.107)     0.055
+// Bound: where memory is fast, the latency of the chain through a chunk. ncu (H100, n = 128): by count of
+// cycles tensor cores 47 %, issue slots 36 %, shared memory and L1 63 %; the same tiles of x and y copied in
+// the same order, and nothing else, take 0.124 ms there. Slabs and helpers wait for each other in turn: the
+// slabs for P, steps, X, B and C in a third of their samples, the helpers for B and C, whose stage the slabs
+// free late, in 16 %, for their warps 0, 1 in 16 %. No gain: X in a ring of its own, with four stages of B
+// and C and z and y in one tile a slab (0.144 instead of 0.133, gate 0.22: H200); the steps of the next chunk
+// made beside C B^T (0.154 instead of 0.149: H100); flags cleared by a launch beside which the blocks start;
+// loads and stores that L2 drops first; P of both slabs at once where n = 64 leaves the registers.
 #include <algorithm>
 
 #include "kernels/cuda/device.h"
