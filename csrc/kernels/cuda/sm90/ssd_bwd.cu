@@ -21,21 +21,24 @@
 //              bytes a cycle 2700 cycles, the next wall after what is measured below
 //
 // Workspace: 2.2 times x at n = 128 (per token and head 256 bytes of states and 25 of steps and sums), at any
-// length; a gate adds one x, segments at most 17 MiB.
+// length, and at most 17 MiB of states that blocks hand over; a gate adds one x.
 //
-// Measured on an H100 (copy 2.98 TB/s; bf16, D, dt_bias, softplus; ms, medians, L2 flushed), the states by
-// two heads a block and two stages, not the four and three of now:
+// Measured on an H200 (copy 4.17 TB/s; bf16, D, dt_bias, softplus; ms, medians, L2 flushed; launches by ncu):
 //   b l h groups (n = 128)   whole   steps   states   chunks   reduce
-//   4 4096 80 1              0.78    0.015   0.31     0.42     0.030   (packed: 0.81)
-//   8 2048 24 1              0.26    0.013   0.09     0.14     0.014
-//   2 8192 128 8             1.27    0.017   0.47     0.73     0.040
-//   1 65536 128 1            4.5     0.045   1.72     2.65     0.114
-//   1 65536 32 1             1.42 (one segment: 1.97); 1 1048576 32 1: 23.7, 1.04 times as much per token
-// What bounds it, first row (ncu): states: memory, 72 % of the DRAM peak, warps wait for tiles in half of the
-// samples. chunks: the warpgroup of the pairs, 870 instructions of a warp per head and tile (edges 530,
-// inputs 540): it waits for instructions in 19 % of its samples, for shared memory in 18 %, at its barrier in
-// 11 %, for its inputs in 3 %; DRAM 69 %, L2 72 %, shared memory 60 %, of their peaks. One warpgroup for
-// pairs and inputs together took 0.50 ms, sums over columns for dD in the inputs' 0.52 ms.
+//   4 4096 80 1              0.650   0.015   0.201    0.399    0.029   (packed: 0.662; n = 64: 0.547)
+//   8 2048 24 1              0.231   0.014   0.065    0.136    0.014
+//   2 8192 128 8             1.10    0.018   0.332    0.704    0.038
+//   1 65536 32 1             1.24    0.017   0.524    0.670    0.036
+//   1 65536 128 1            4.20
+// With a gate, first row: 1.00.
+// What bounds it, first row (ncu): states: L2 88 % and DRAM 76 % of their peaks. With 320 chains uncut on 264
+// places, 56 in a second round, the whole took 0.72 ms; one block of four heads and three stages an SM, 0.76.
+// chunks: the latency of the pairs, whose first warp has the most of them: issue slots 43 %, L2 65 %, DRAM
+// 50 %, shared memory 64 %. It took 0.425 ms while the edges were unrolled further (1.0 warps waited for
+// instructions at each one issued, now 0.6) and the pairs read shared memory only where they needed it. One
+// warpgroup for pairs and inputs together took 0.50 ms, sums over columns for dD in the inputs' 0.52 ms
+// (H100). No gain: launches that begin early; the last sums of the pairs by the warps with the fewest; a
+// third stage of states for n = 64.
 //
 // Deterministic: every sum has an order fixed by the sizes alone (blocks of heads are chosen for 132 SMs on
 // any GPU); the integer counters of `reduce` only tell which block is last.

@@ -5,11 +5,12 @@
 
 namespace mamba_ops::gpu::sm90 {
 
-// <G, H> over the 16-byte pieces of this thread.
+// <G, H> over the 16-byte pieces of this thread. Not unrolled further: the warps of an SM wait for
+// instructions.
 template <class T, int kN>
 __device__ inline float dot_states(const uint8_t* H, const uint8_t* G, int tid) {
   float sum = 0;
-#pragma unroll
+#pragma unroll 2
   for (int i = 0; i < kFactorBytes<kN> / 16 / kWarpgroup; ++i) {
     const int at = (i * kWarpgroup + tid) * 16;
     const uint4 h = *reinterpret_cast<const uint4*>(H + at), g = *reinterpret_cast<const uint4*>(G + at);

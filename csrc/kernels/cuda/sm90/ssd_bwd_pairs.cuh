@@ -25,17 +25,24 @@ __device__ inline void add_pairs(const float (&d)[32], const float4* cb, float (
       if (!(kSquare == Square::other_i ? runs.leaves_left(row) : runs.enters_right(row))) row_factor[r] = 0;
     }
   }
+  // Read one step ahead: shared memory answers late.
+  float4 next_cb = cb[0];
+  float2 next_s = *reinterpret_cast<const float2*>(s + 2 * t);
 #pragma unroll
   for (int c = 0; c < 8; ++c) {
+    const float4 cb4 = next_cb;
+    const float2 s2 = next_s;
+    if (c < 7) {
+      next_cb = cb[(c + 1) * kWarpgroup];
+      next_s = *reinterpret_cast<const float2*>(s + 8 * (c + 1) + 2 * t);
+    }
     uint32_t (&p_pairs)[4] = p[c / 2];
     if constexpr (kSquare == Square::own)
       if (c < 2 * w) {  // i < j for the whole warp
         p_pairs[c % 2 * 2] = p_pairs[c % 2 * 2 + 1] = 0;
         continue;
       }
-    const float4 cb4 = cb[c * kWarpgroup];
     const float CB[4] = {cb4.x, cb4.y, cb4.z, cb4.w};
-    const float2 s2 = *reinterpret_cast<const float2*>(s + 8 * c + 2 * t);
     const float s_column[2] = {s2.x, s2.y};
     float column_factor[2];
     if constexpr (kSquare == Square::other_i) {
