@@ -26,4 +26,33 @@ __device__ inline float2 unpack(uint32_t pair) {
   return {low<E>(pair), high<E>(pair)};
 }
 
+template <class E>
+__device__ inline uint32_t multiply_halves(uint32_t a, uint32_t b) {
+  uint32_t product;
+  if constexpr (std::is_same_v<E, bf16>)
+    asm("mul.rn.bf16x2 %0, %1, %2;" : "=r"(product) : "r"(a), "r"(b));
+  else
+    asm("mul.rn.f16x2 %0, %1, %2;" : "=r"(product) : "r"(a), "r"(b));
+  return product;
+}
+template <class E>
+__device__ inline uint32_t multiply_add_halves(uint32_t a, uint32_t b, uint32_t c) {
+  uint32_t sum;
+  if constexpr (std::is_same_v<E, bf16>)
+    asm("fma.rn.bf16x2 %0, %1, %2, %3;" : "=r"(sum) : "r"(a), "r"(b), "r"(c));
+  else
+    asm("fma.rn.f16x2 %0, %1, %2, %3;" : "=r"(sum) : "r"(a), "r"(b), "r"(c));
+  return sum;
+}
+
+// Two values of float32, each the sum of two halves.
+struct SplitPair {
+  uint32_t high, low;
+};
+template <class E>
+__device__ inline SplitPair split(float x, float y) {
+  const uint32_t rounded = pack<E>(x, y);
+  return {rounded, pack<E>(x - low<E>(rounded), y - high<E>(rounded))};
+}
+
 }  // namespace mamba_ops::gpu

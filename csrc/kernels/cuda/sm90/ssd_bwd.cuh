@@ -115,10 +115,21 @@ __device__ inline void store_tile(uint32_t tile, int w, const float* d) {
   for (int i = 0; i < 16; ++i) a[i / 4][i % 4] = pack<T>(d[2 * i], d[2 * i + 1]);
   store_fragments(tile, w, a);
 }
+// Rows of a times w, rounded.
 template <class T>
-__device__ inline void scale_rows(Fragments& a, const float (&by)[2]) {
+__device__ inline void scale_rows(Fragments& a, const SplitPair (&w)[2]) {
 #pragma unroll
-  for (int i = 0; i < 16; ++i) a[i / 4][i % 4] = scale<T>(a[i / 4][i % 4], by[i % 2], by[i % 2]);
+  for (int i = 0; i < 16; ++i) a[i / 4][i % 4] = multiply_halves<T>(a[i / 4][i % 4], w[i % 2].high);
+}
+// What `scaled` lacks of the rows of a times w.
+template <class T>
+__device__ inline void keep_rest(Fragments& a, const SplitPair (&w)[2], const Fragments& scaled) {
+#pragma unroll
+  for (int i = 0; i < 16; ++i) {
+    const uint32_t minus = scaled[i / 4][i % 4] ^ 0x80008000u;
+    uint32_t& v = a[i / 4][i % 4];
+    v = multiply_add_halves<T>(v, w[i % 2].low, multiply_add_halves<T>(v, w[i % 2].high, minus));
+  }
 }
 
 // Over the four lanes that share rows.

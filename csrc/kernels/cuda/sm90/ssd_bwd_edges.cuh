@@ -80,11 +80,14 @@ __device__ void walk_edges(const SsdBwdMaps& maps, const SsdBwdArgs& a, uint8_t*
         if (lane == 0)
           a.anchors[(row_head * a.chunks + item.tile / 2) * 4 + w] = runs.any() ? 0.f : exp2_of(end) * v;
       }
-      Fragments left;
-      load_fragments(left, base + stage + Shared::kDy, w);
-      float weight[2];
+      Fragments left, rest;
+      SplitPair weight[2];
 #pragma unroll
-      for (int r = 0; r < 2; ++r) weight[r] = runs.enters(mine + 8 * r) ? exp2_of(s_row[r]) : 0.f;
+      for (int r = 0; r < 2; ++r) {
+        const float v = runs.enters(mine + 8 * r) ? exp2_of(s_row[r]) : 0.f;
+        weight[r] = split<T>(v, v);
+      }
+      load_fragments(left, base + stage + Shared::kDy, w);
       scale_rows<T>(left, weight);
       wgmma_wait<0>();
       float entering[2];
@@ -94,17 +97,25 @@ __device__ void walk_edges(const SsdBwdMaps& maps, const SsdBwdArgs& a, uint8_t*
         sums[r0] = entering[0];
         sums[r0 + 8] = entering[1];
       }
+      load_fragments(rest, base + stage + Shared::kDy, w);
+      keep_rest<T>(rest, weight, left);
       wgmma_fence();
       add_product<T>(dC, left, H);
+      add_product<T>(dC, rest, H);
       wgmma_commit();
-      Fragments right;
-      load_fragments(right, base + stage + Shared::kX, w);
 #pragma unroll
-      for (int r = 0; r < 2; ++r)
-        weight[r] = runs.leaves(mine + 8 * r) ? exp2_of(end - s_row[r]) * steps.delta[mine + 8 * r] : 0.f;
-      scale_rows<T>(right, weight);
+      for (int r = 0; r < 2; ++r) {
+        const float v = runs.leaves(mine + 8 * r) ? exp2_of(end - s_row[r]) * steps.delta[mine + 8 * r] : 0.f;
+        weight[r] = split<T>(v, v);
+      }
+      wgmma_wait<0>();
+      load_fragments(left, base + stage + Shared::kX, w);
+      load_fragments(rest, base + stage + Shared::kX, w);
+      scale_rows<T>(left, weight);
+      keep_rest<T>(rest, weight, left);
       wgmma_fence();
-      add_product<T>(dB, right, G);
+      add_product<T>(dB, left, G);
+      add_product<T>(dB, rest, G);
       wgmma_commit();
       wgmma_wait<0>();
       arrive(base + Shared::kEmpty + 8 * ring.stage);

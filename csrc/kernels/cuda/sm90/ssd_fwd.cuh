@@ -81,17 +81,6 @@ struct Pair {
 // The phase of use number i of a ring of so many barriers.
 __device__ inline uint32_t parity(uint32_t i, uint32_t ring) { return i / ring % 2; }
 
-// ---- pairs of 16-bit values
-
-template <class T>
-__device__ inline uint32_t multiply(uint32_t a, uint32_t b) {
-  uint32_t product;
-  if constexpr (std::is_same_v<T, bf16>)
-    asm("mul.rn.bf16x2 %0, %1, %2;" : "=r"(product) : "r"(a), "r"(b));
-  else
-    asm("mul.rn.f16x2 %0, %1, %2;" : "=r"(product) : "r"(a), "r"(b));
-  return product;
-}
 // ---- steps
 
 // To 5e-6 of its value, without branches (volatile: the compiler would make some).
@@ -176,14 +165,14 @@ struct LaneSteps {
   __device__ float decay() const { return kPacked && last_start >= 0 ? 0.f : exp2_of(total); }
   // Pairs e^{T - s_j} dt_j, where nothing begins after j, times `factor`.
   template <class T>
-  __device__ uint32_t weights(float factor) const {
+  __device__ SplitPair weights(float factor) const {
     float w[2];
 #pragma unroll
     for (int k = 0; k < 2; ++k) {
       w[k] = exp2_of(total - s[k]) * dt[k] * factor;
       if (kPacked && last_start > 2 * lane + k) w[k] = 0.f;
     }
-    return pack<T>(w[0], w[1]);
+    return split<T>(w[0], w[1]);
   }
 
  private:
@@ -222,19 +211,18 @@ __device__ inline void turn(uint32_t (&a)[4][4], uint32_t row) {
 #pragma unroll
   for (int k = 0; k < 4; ++k) ldmatrix<true>(a[k], row + 2048 * k);
 }
-// Makes (X o w)^T of X^T; t = lane % 4.
+// Makes (X o w)^T of X^T; t = lane % 4. Rounded once: a weight of 16 bits would err as much again.
 template <class T>
-__device__ inline void weigh(uint32_t (&a)[4][4], const uint32_t* weights, int t) {
-  uint32_t w[8];
+__device__ inline void weigh(uint32_t (&a)[4][4], const SplitPair* weights, int t) {
 #pragma unroll
-  for (int k = 0; k < 2; ++k) {
-    const uint4 four = reinterpret_cast<const uint4*>(weights)[3 * t + k];
-    w[4 * k] = four.x, w[4 * k + 1] = four.y, w[4 * k + 2] = four.z, w[4 * k + 3] = four.w;
+  for (int k = 0; k < 4; ++k) {
+    const uint4 w = reinterpret_cast<const uint4*>(weights)[6 * t + k];
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+      a[k][r] = multiply_add_halves<T>(a[k][r], w.x, multiply_halves<T>(a[k][r], w.y));
+      a[k][2 + r] = multiply_add_halves<T>(a[k][2 + r], w.z, multiply_halves<T>(a[k][2 + r], w.w));
+    }
   }
-#pragma unroll
-  for (int k = 0; k < 4; ++k)
-#pragma unroll
-    for (int r = 0; r < 4; ++r) a[k][r] = multiply<T>(a[k][r], w[2 * k + r / 2]);
 }
 
 // ---- states in fragments

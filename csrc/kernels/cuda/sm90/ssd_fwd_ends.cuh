@@ -15,7 +15,7 @@ struct EndsShared {
   static constexpr int kStages = kN == 128 ? 6 : 8;
   static constexpr int kFactor = kN / 64 * kTile, kStage = kFactor + 2 * kTile;
   static constexpr int kWeights = kStages * kStage,
-                       kBarriers = kWeights + kStages * 2 * 48 * int(sizeof(uint32_t));
+                       kBarriers = kWeights + kStages * 2 * 48 * int(sizeof(SplitPair));
   static constexpr int kBytes = kBarriers + kStages * 16 + 1024;
 
   uint8_t* bytes;
@@ -29,8 +29,8 @@ struct EndsShared {
   }
   __device__ uint32_t B(uint32_t stage) const { return address + stage * kStage; }
   __device__ uint32_t X(uint32_t stage, int slab) const { return B(stage) + kFactor + slab * kTile; }
-  __device__ uint32_t* weights(uint32_t stage, int slab) const {
-    return reinterpret_cast<uint32_t*>(bytes + kWeights) + (stage * 2 + slab) * 48;
+  __device__ SplitPair* weights(uint32_t stage, int slab) const {
+    return reinterpret_cast<SplitPair*>(bytes + kWeights) + (stage * 2 + slab) * 48;
   }
   __device__ uint32_t full(uint32_t stage) const { return address + kBarriers + stage * 16; }
   __device__ uint32_t free(uint32_t stage) const { return full(stage) + 8; }

@@ -12,7 +12,7 @@ struct alignas(16) Steps {
   float row[kQ];         // e^{s_i - r}, r = s at the end of the 16 tokens before those of i
   float column[96];      // e^{r - s_j} dt_j for the j before those 16: for rows from 16, 32, 48 on
   float from_start[96];  // e^{s_i}, a pair at pair_at of its lane
-  uint32_t weight[48];   // pairs of w_j, likewise
+  SplitPair weight[48];  // pairs of w_j, likewise
   float decay, D;        // e^T; of the head, 0 if per channel
 };
 
@@ -96,7 +96,7 @@ struct Shared {
 };
 
 template <bool kPacked>
-__device__ inline void write_steps(Steps& to, const LaneSteps<kPacked>& from, uint32_t weights, float D) {
+__device__ inline void write_steps(Steps& to, const LaneSteps<kPacked>& from, SplitPair weights, float D) {
   const int lane = from.lane, block = lane / 8, first = 2 * lane;
   const auto pair = [](float* table, float low, float high) {
     *reinterpret_cast<float2*>(table) = make_float2(low, high);
