@@ -133,7 +133,7 @@ def test_sixteen_states_long(device: str, dtype: torch.dtype, layout: str, decay
 def test_sixteen_states_of_many_rows(device: str, b: int, dtype: torch.dtype) -> None:
     """Rows enough to fill a GPU. What more rows leave for later is cut into pieces of 512 tokens."""
     sizes = {"layout": "transposed", "dtype": dtype, "device": device}
-    check(OPERATOR, cases.selective_scan(b, 8, 600, 16, options=SCAN_OPTIONS, **sizes))
+    check(OPERATOR, cases.selective_scan(b, 24, 600, 16, options=SCAN_OPTIONS, **sizes))
 
 
 @pytest.mark.parametrize("device", ["cuda"], indirect=True)

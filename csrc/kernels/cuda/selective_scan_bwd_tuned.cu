@@ -14,9 +14,9 @@
 //   2. takes the groups from right to left: forth with the decays and states of 8 tokens in registers, then
 //      back. Here lane 4 g + q holds the states 2 g and 2 g + 1 of channels 2 q and 2 q + 1, and owns token g
 //      of these channels. So sums over channels, dB and dC, run along the columns of an operand: on the
-//      tensor cores one multiplication a step with all but this step's column of delta u (of go) zero, and
-//      one accumulator collects 8 steps; so do the outer products with B and C. In float32 and float16 these
-//      are multiply-adds, and sums through shared memory. Sums over states go through shared memory.
+//      tensor cores one multiplication a step by delta u (by go) of 8 tokens, of which this step's column is
+//      kept; the outer products with B and C are one more each. In float32 and float16 these are
+//      multiply-adds, and sums through shared memory. Sums over states go through shared memory.
 // dB and dC of a group take its place in shared memory; after a window they are added up over the warps of
 // the block and written as one partial for every block and token. Their memory is bounded: launches take the
 // pieces in portions. A second pass (selective_scan_tuned_sums.cuh) adds partials.
@@ -28,14 +28,12 @@
 // gradient: it is passed on before the second way begins. Who waits waits for a block that runs.
 //
 // Shared memory: 93 KiB of a block, 109 in float32 and float16; two blocks a multiprocessor. Issue slots and
-// latency bound it, some 1000 instructions for a warp and group, with turns 1060: on an H100 with b4 d5120
-// l4096, 2.6 ms in bfloat16 and 3.7 in float32. ncu: 2.9 warps to choose from, issue slots 55 % busy.
+// latency bound it: 950 instructions for a warp and group, in turns 1000. H200, b4 d5120 l4096, all options:
+// 2.35 ms in bfloat16, 2.91 in float32; in turns, b1 d2048 l65536, 4.39 and 5.6.
 #include "kernels/cuda/selective_scan_tuned_sums.cuh"
 
 namespace mamba_ops {
-
 namespace gpu {
-
 namespace {
 
 template <class T, Along kAlong, bool kGate, bool kTurns>
@@ -82,11 +80,7 @@ __global__ void __launch_bounds__(kBwdWarps* kWarp, kBwdBlocks)
     const auto start = [&](BwdTensor i) {
       return shared.start[i] + (window.groups - 1) * int64_t(strides.bytes[i]);
     };
-    const auto lane_of = [&](const View& v, BwdTensor i) {
-      Lane lane(v, start(i), at.channels);
-      lane.step(0);
-      return lane;
-    };
+    const auto lane_of = [&](const View& v, BwdTensor i) { return Lane(v, start(i), at.channels); };
     const auto factor_of = [&](BwdTensor i) {
       __builtin_assume(__isGlobal(start(i)));
       return reinterpret_cast<const T*>(start(i));
@@ -96,7 +90,13 @@ __global__ void __launch_bounds__(kBwdWarps* kWarp, kBwdBlocks)
     Pairs B(B_view, factor_of(kB)), C(C_view, factor_of(kC));
     Pack<T, 2> next_u;
     typename Pairs::Raw next_B, next_C;
+    const auto step_loads = [&](int64_t groups) {
+      u.step(groups * strides.bytes[kU]);
+      B.step(groups * strides.bytes[kB]);
+      C.step(groups * strides.bytes[kC]);
+    };
     const auto load = [&](int group) {
+      step_loads(-1);
       if (window.cut_short(group)) {
         next_u = u.load_some(u_view, window.tail);
         next_B = B.load_some(B_view, window.tail);
@@ -106,10 +106,10 @@ __global__ void __launch_bounds__(kBwdWarps* kWarp, kBwdBlocks)
         next_B = B.load(B_view);
         next_C = C.load(C_view);
       }
-      u.step(-int64_t(strides.bytes[kU]));
-      B.step(-int64_t(strides.bytes[kB]));
-      C.step(-int64_t(strides.bytes[kC]));
     };
+    step_loads(1);
+    du.step(0);
+    ddelta.step(0);
     LongMemory memory;
     float2 total{};  // of the steps of the lane's tokens
     if (kMends) memory.begin(m);
@@ -356,9 +356,10 @@ const char* launch_bwd(const ScanBwd& p, const BwdPlan& plan, cudaStream_t strea
   const BwdCut& cut = plan.cut;
   const auto blocks = [](int64_t count) { return unsigned((count + kSumThreads - 1) / kSumThreads); };
   const auto bytes = [](const View& v, int axis) { return uint32_t(group_bytes(v, axis)); };
-  const BwdStrides strides{{bytes(p.fwd.u, 2), bytes(p.fwd.delta, 2), bytes(p.fwd.z, 2), bytes(p.dy, 2),
-                            bytes(p.du, 2), bytes(p.ddelta, 2), bytes(p.dz, 2), bytes(p.fwd.B, 3),
-                            bytes(p.fwd.C, 3)}};
+  const BwdStrides strides{
+      {bytes(p.fwd.u, 2), bytes(p.fwd.delta, 2), bytes(p.fwd.z, 2), bytes(p.dy, 2), bytes(p.du, 2),
+       bytes(p.ddelta, 2), bytes(p.dz, 2), bytes(p.fwd.B, 3), bytes(p.fwd.C, 3)},
+      softplus_limit(p.fwd.dims.softplus)};
   const int64_t lanes = int64_t(cut.chains(dims)) * kBwdWarps * kWarp;
   scan_begin_gradients<<<blocks(lanes * (kLaneStates + kTotals)), kSumThreads, 0, stream>>>(p, cut,
                                                                                             plan.work);

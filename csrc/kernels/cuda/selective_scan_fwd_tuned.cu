@@ -5,17 +5,15 @@
 //
 // A warp takes 8 channels of a row through all tokens, in groups of 8; no barrier, and in 16 bits no shared
 // memory. While it computes a group the next one is on its way to registers, and a later one to L2. Few
-// channels leave most of the machine idle: there the `kTurns` warps of a block share 8 channels and take a
-// round of groups at once. Each makes decays and inputs of its group and what they make of the state, and
-// leaves that in shared memory; between two barriers one warp, another in each round, takes the state through
-// the groups; then each makes its outputs. No value is summed by two threads: bitwise repeatable. Tail tokens
-// are a group with steps of zero.
+// channels leave most of the machine idle: there the `kTurns` warps of a block share 8 channels and take the
+// groups in turn. A warp waits for the state that the one before passes on through shared memory (Relay),
+// takes it through its group and passes it on; then it makes the outputs, and decays and inputs of its next
+// group before it waits again. No value is summed by two threads: bitwise repeatable. Tail tokens are a group
+// with steps of zero.
 //
-// Special-function units and issue slots bound it: 39 of some 260 instructions of a warp and group are
-// special functions, at 8 cycles each. On an H100 with b4 d5120 l4096 and all options, 0.62 ms in bfloat16
-// (ncu, of 317 instructions in 0.67 ms: special-function units 65 % busy, issue slots 66 %, device memory
-// 32 %), 0.82 ms in float32. Turns: some 370 instructions of a warp and group, 43 of them special functions,
-// and the barriers.
+// Special-function units and issue slots bound it: 39 of some 250 instructions of a warp and group are
+// special functions, at 8 cycles each. On an H200 with b4 d5120 l4096 and all options, 0.615 ms in bfloat16,
+// 0.77 in float32; in turns, b1 d2048 l65536, 1.09 ms and 1.84.
 #include <algorithm>
 #include <climits>
 
@@ -27,51 +25,68 @@ namespace gpu {
 
 namespace {
 
-constexpr int kEnoughChains = 6;  // of a multiprocessor, for one warp each
-constexpr int kAheadGroups = 8;   // of the prefetch to L2
+template <class T>
+constexpr int kEnoughChains = sizeof(T) == 2 ? 10 : 6;  // of a multiprocessor, for one warp each
+constexpr int kAheadGroups = 8;                         // of the prefetch to L2
 constexpr int kCheckpointGroups = kScanCheckpointCuda / kGroup;
 
 template <int kTurns>
 constexpr int kFwdWarps = kTurns < 4 ? 4 : kTurns;
 
-// The state between the groups of a round, one of each warp of the block.
-template <int kTurns>
-struct Round {
-  struct {
-    float4 through[kWarp], alone[kWarp];  // what a group makes of the state, h -> through h + alone
-  } group[kTurns];
-  float4 state[kWarp];  // that enters the round
+// Where a warp leaves the state for the next one. It has taken the state since the last time, which had gone
+// through all the others: nobody reads the place any more.
+struct Turn {
+  float4 state[kWarp];
+  uint64_t passed;  // barrier, on which all lanes arrive
+};
 
-  // Of all warps of the block, wherever they are.
-  __device__ static void meet() { asm volatile("bar.sync 0;" ::: "memory"); }
+// A warp's places in shared memory: its own, and that of the warp before.
+struct Relay {
+  uint32_t from, from_passed, to, to_passed;
+  uint32_t odd = 0;  // whether the state is awaited for the second time, the fourth, ..
 
-  // The state that enters the warp's group. One warp, `mine`, takes it through the round.
-  __device__ float4 pass(int turn, bool mine, const float (&through)[kLaneStates],
-                         const float (&alone)[kLaneStates]) {
+  __device__ void begin(Turn* turns, int turn, int count) {
     const int lane = threadIdx.x % kWarp;
-    group[turn].through[lane] = make_float4(through[0], through[1], through[2], through[3]);
-    group[turn].alone[lane] = make_float4(alone[0], alone[1], alone[2], alone[3]);
-    meet();
-    if (mine) {
-      float4 h = state[lane];
-#pragma unroll
-      for (int k = 0; k < kTurns; ++k) {
-        const float4 a = group[k].through[lane], x = group[k].alone[lane];
-        group[k].alone[lane] = h;
-        h = make_float4(fmaf(a.x, h.x, x.x), fmaf(a.y, h.y, x.y), fmaf(a.z, h.z, x.z), fmaf(a.w, h.w, x.w));
-      }
-      state[lane] = h;
-    }
-    meet();
-    return group[turn].alone[lane];
+    const auto address = [](void* p) { return uint32_t(__cvta_generic_to_shared(p)); };
+    Turn &mine = turns[turn], &before = turns[(turn + count - 1) % count];
+    from = address(&before.state[lane]);
+    from_passed = address(&before.passed);
+    to = address(&mine.state[lane]);
+    to_passed = address(&mine.passed);
+    if (lane == 0) asm volatile("mbarrier.init.shared.b64 [%0], %1;" ::"r"(to_passed), "n"(kWarp) : "memory");
+    __syncthreads();
+  }
+  __device__ void pass(const float (&v)[kLaneStates]) const {
+    asm volatile("st.shared.v4.f32 [%0], {%1, %2, %3, %4};" ::"r"(to), "f"(v[0]), "f"(v[1]), "f"(v[2]),
+                 "f"(v[3])
+                 : "memory");
+    asm volatile("mbarrier.arrive.shared.b64 _, [%0];" ::"r"(to_passed) : "memory");
+  }
+  __device__ void take(float (&v)[kLaneStates]) {
+    for (uint32_t there = 0; !there;)
+      asm volatile(
+          "{.reg .pred p;"
+#if __CUDA_ARCH__ >= 900
+          "mbarrier.try_wait.parity.shared.b64 p, [%1], %2;"
+#else
+          "mbarrier.test_wait.parity.shared.b64 p, [%1], %2;"
+#endif
+          "selp.b32 %0, 1, 0, p;}"
+          : "=r"(there)
+          : "r"(from_passed), "r"(odd)
+          : "memory");
+    odd ^= 1;
+    asm volatile("ld.shared.v4.f32 {%0, %1, %2, %3}, [%4];"
+                 : "=f"(v[0]), "=f"(v[1]), "=f"(v[2]), "=f"(v[3])
+                 : "r"(from)
+                 : "memory");
   }
 };
-template <>
-struct Round<1> {};
 
-// Bytes by which a warp moves on after a group.
+// Constants of a call.
 struct Strides {
-  uint32_t u, delta, z, y, B, C;
+  uint32_t u, delta, z, y, B, C;  // bytes by which a warp moves on after a group
+  float softplus_limit;
 };
 
 // Asks for the rows of a later group of u, delta and z: 8 rows of 32 channels of the block in 16 bits. The
@@ -102,13 +117,13 @@ __global__ void __launch_bounds__(kFwdWarps<kTurns>* kWarp, kTurns == 1 ? 5 : 16
     scan_fwd_tuned(const ScanFwd params, const Strides strides) {
   constexpr int kWarps = kFwdWarps<kTurns>;
   using Lane = LaneTokens<T, kAlong>;
-  __shared__ Round<kTurns> round;
   using Input = InputFactor<T, kAlong>;
   using Output = OutputFactor<T, kAlong>;
+  __shared__ Turn s_turns[kTurns];
   __shared__ float s_B[kWarps][Input::kShared], s_C[kWarps][Output::kShared];
   const ScanDims& dims = params.dims;
-  const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp, q = lane % 4;
-  const int turn = warp % kTurns;
+  const int warp = int(__reduce_max_sync(kAllLanes, threadIdx.x / kWarp));  // in a uniform register
+  const int lane = threadIdx.x % kWarp, q = lane % 4, turn = warp % kTurns;
   const int64_t row = blockIdx.y;
   const int64_t first = (int64_t(blockIdx.x) * (kWarps / kTurns) + warp / kTurns) * kWarpChannels;
   if (first >= dims.d) return;
@@ -131,20 +146,23 @@ __global__ void __launch_bounds__(kFwdWarps<kTurns>* kWarp, kTurns == 1 ? 5 : 16
     return reinterpret_cast<float4*>(static_cast<float*>(states) + (row * dims.d + channel) * kTunedState) +
            q;
   };
-  const auto take = [&](const float4& v) { state[0] = v.x, state[1] = v.y, state[2] = v.z, state[3] = v.w; };
-  if (params.states_in) take(*state_at(const_cast<void*>(params.states_in)));
+  if (params.states_in) {
+    const float4 v = *state_at(const_cast<void*>(params.states_in));
+    state[0] = v.x, state[1] = v.y, state[2] = v.z, state[3] = v.w;
+  }
 
   const View& gate = kGate ? params.z : params.u;
   const auto lane_of = [&](const View& v, int group) {
     return Lane(v, row, first, channels, int64_t(group) * kGroup);
   };
+  const OwnTokens own;
   const auto input_of = [&](int group) {
     return Input(params.B, factor<T>(params.B, dims.groups_B, dims, row, first, int64_t(group) * kGroup),
-                 s_B[warp]);
+                 s_B[warp], own);
   };
   const auto output_of = [&](int group) {
     return Output(params.C, factor<T>(params.C, dims.groups_C, dims, row, first, int64_t(group) * kGroup),
-                  s_C[warp]);
+                  s_C[warp], own);
   };
   Lane u = lane_of(params.u, turn), delta = lane_of(params.delta, turn), z = lane_of(gate, turn),
        y = lane_of(params.y, turn);
@@ -155,77 +173,100 @@ __global__ void __launch_bounds__(kFwdWarps<kTurns>* kWarp, kTurns == 1 ? 5 : 16
   Pack<T, 2> next_u, next_delta, next_z;
   typename Input::Raw next_B;
   typename Output::Raw next_C;
+  // Before the loads: a step after one waits until that has read its address.
+  const auto step = [&](int64_t turns) {
+    u.step(turns * strides.u);
+    delta.step(turns * strides.delta);
+    if (kGate) z.step(turns * strides.z);
+    input.step(turns * strides.B);
+    output.step(turns * strides.C);
+  };
   const auto load = [&] {
+    step(1);
     next_u = u.load(params.u);
     next_delta = delta.load(params.delta);
     if (kGate) next_z = z.load(gate);
     next_B = input.load(params.B);
     next_C = output.load(params.C);
-    u.advance(strides.u);
-    delta.advance(strides.delta);
-    if (kGate) z.advance(strides.z);
-    input.advance(strides.B);
-    output.advance(strides.C);
   };
+  step(-1);
 
-  // In float32 the state of one warp for a chain is mended after every window.
-  constexpr bool kMends = sizeof(T) == 4 && kTurns == 1;
-  uint32_t until_window =
-      kMends || (params.checkpoints && turn == kTurns - 1) ? kCheckpointGroups / kTurns : 0;
-  LongMemory memory;
-  memory.begin(state);
-  float total = 0;  // of the lane's steps in the window
-  const auto process = [&]<bool kWhole>(int group) {
-    const float2 us = u.values(next_u), raw = delta.values(next_delta);
-    float2 zs{};
+  float steps[2], a[kGroup][kLaneStates], h[kGroup][kLaneStates];
+  float2 us, zs{};
+  const auto decays_and_inputs = [&](int p) {
+    if (p % 2 == 0) input.inputs(h, p / 2);
+    decays(a, steps, A, p);
+  };
+  // The begin of a group, which needs no state, from what is loaded of it; loads a later one.
+  const auto begin = [&]<bool kWhole>(int later) {
+    us = u.values(next_u);
     if (kGate) zs = z.values(next_z);
-    float steps[2] = {step_log2<T>(raw.x + bias, dims.softplus), step_log2<T>(raw.y + bias, dims.softplus)};
+    const float2 raw = delta.values(next_delta);
+    input.begin(next_B);
+    output.begin(next_C);
+    if (kWhole && later < whole) {
+      load();
+      if (kPrefetches && later + kAheadGroups - 1 < whole) prefetch();
+    }
+    float slope;
+    steps[0] = step_log2<T>(raw.x + bias, strides.softplus_limit, slope);
+    steps[1] = step_log2<T>(raw.y + bias, strides.softplus_limit, slope);
     if (!kWhole) {
 #pragma unroll
       for (int k = 0; k < 2; ++k)
         if (2 * q + k >= tail) steps[k] = 0;
     }
     constexpr float kScale = kFromLog2 * kOperandScale<T>;
-    input.begin(next_B, {steps[0] * kScale * us.x, steps[1] * kScale * us.y});
-    output.begin(next_C);
-    if (kWhole && group + kTurns < whole) {
-      load();
-      if (kPrefetches && group + kAheadGroups < whole) prefetch();
+    input.scale(steps[0] * kScale * us.x, steps[1] * kScale * us.y);
+    if constexpr (kTurns > 1) {
+#pragma unroll
+      for (int p = 0; p < 4; ++p) decays_and_inputs(p);
     }
+  };
 
-    float a[kGroup][kLaneStates], h[kGroup][kLaneStates];
-    if constexpr (kTurns == 1) {
+  // In float32 the state is mended: by the one warp of a chain after a window, in turns after a group.
+  constexpr bool kMends = sizeof(T) == 4;
+  LongMemory memory;
+  float total = 0;  // of the lane's steps since then
+  if (kTurns == 1) memory.begin(state);
+  Relay relay;
+  if constexpr (kTurns > 1) {
+    relay.begin(s_turns, turn, kTurns);
+    if (turn == kTurns - 1) relay.pass(state);
+  }
+  const auto process = [&]<bool kWhole>(int group) {
+    if (kTurns == 1) begin.template operator()<kWhole>(group + 1);
+    const bool window_ends = kWhole && (group + 1) % kCheckpointGroups == 0;
+    if constexpr (kTurns > 1) {
+      relay.take(state);
+      memory.begin(state);
+    }
+    total += steps[0] + steps[1];
 #pragma unroll
-      for (int p = 0; p < 4; ++p) {
-        if (p % 2 == 0) input.inputs(h, p / 2);
-        decays(a, steps, A, p);
-        advance(h, a, state, p);
-        output.outputs(h, p);
-        if (kMends) memory.step(a[2 * p]), memory.step(a[2 * p + 1]);
-      }
-      total += steps[0] + steps[1];
-    } else {
+    for (int p = 0; p < 4; ++p) {
+      if (kTurns == 1) decays_and_inputs(p);
+      advance(h, a, state, p);
+      if (kMends) memory.step(a[2 * p]), memory.step(a[2 * p + 1]);
+      if (kTurns == 1) output.outputs(h, p);
+    }
+    if (kMends && (kTurns > 1 || window_ends)) {
+      total += __shfl_xor_sync(kAllLanes, total, 1);
+      total += __shfl_xor_sync(kAllLanes, total, 2);
+      memory.mend(state, {total * A[0], total * A[1], total * A[2], total * A[3]});
+      memory.begin(state);
+      total = 0;
+    }
+    if constexpr (kTurns > 1) relay.pass(state);
+    if (window_ends && params.checkpoints) {
+      const int64_t at = row * (dims.l / kScanCheckpointCuda) + group / kCheckpointGroups;
+      float* to = static_cast<float*>(params.checkpoints) + (at * kTunedState + 4 * q) * dims.d + channel;
 #pragma unroll
-      for (int p = 0; p < 4; ++p) {
-        if (p % 2 == 0) input.inputs(h, p / 2);
-        decays(a, steps, A, p);
-      }
-      float alone[kLaneStates], through[kLaneStates], sum = steps[0] + steps[1];
-      sum += __shfl_xor_sync(kAllLanes, sum, 1);
-      sum += __shfl_xor_sync(kAllLanes, sum, 2);
+      for (int i = 0; i < kLaneStates; ++i)
+        if (live) to[i * dims.d] = state[i];
+    }
+    if (kTurns > 1) {
 #pragma unroll
-      for (int i = 0; i < kLaneStates; ++i) {
-        through[i] = decay_over<T>(sum * A[i]);
-        alone[i] = h[0][i];
-#pragma unroll
-        for (int t = 1; t < kGroup; ++t) alone[i] = fmaf(a[t][i], alone[i], h[t][i]);
-      }
-      take(round.pass(turn, group / kTurns % kTurns == turn, through, alone));
-#pragma unroll
-      for (int p = 0; p < 4; ++p) {
-        advance(h, a, state, p);
-        output.outputs(h, p);
-      }
+      for (int p = 0; p < 4; ++p) output.outputs(h, p);
     }
 
     const float2 sums = output.result();
@@ -234,33 +275,19 @@ __global__ void __launch_bounds__(kFwdWarps<kTurns>* kWarp, kTurns == 1 ? 5 : 16
       const float2 s = sigmoids(zs.x, zs.y);
       o = {o.x * (zs.x * s.x), o.y * (zs.y * s.y)};
     }
+    // After the last group once more, to no effect.
+    if (kTurns > 1 && kWhole) begin.template operator()<true>(group + 2 * kTurns);
     if (kWhole)
       y.store(params.y, stores, o);
     else
       y.store_some(params.y, stores, o, tail);
-    y.advance(strides.y);
-    if (kWhole && --until_window == 0) {
-      until_window = kCheckpointGroups / kTurns;
-      if (kMends) {
-        total += __shfl_xor_sync(kAllLanes, total, 1);
-        total += __shfl_xor_sync(kAllLanes, total, 2);
-        memory.mend(state, {total * A[0], total * A[1], total * A[2], total * A[3]});
-        memory.begin(state);
-        total = 0;
-        if (!params.checkpoints) return;
-      }
-      const int64_t at = row * (dims.l / kScanCheckpointCuda) + group / kCheckpointGroups;
-      float* to = static_cast<float*>(params.checkpoints) + (at * kTunedState + 4 * q) * dims.d + channel;
-#pragma unroll
-      for (int i = 0; i < kLaneStates; ++i)
-        if (live) to[i * dims.d] = state[i];
-    }
+    y.step(strides.y);
   };
 
-  if constexpr (kTurns > 1) {
-    if (turn == 0) round.state[lane] = make_float4(state[0], state[1], state[2], state[3]);
+  if (turn < whole) {
+    load();
+    if (kTurns > 1) begin.template operator()<true>(turn + kTurns);
   }
-  if (turn < whole) load();
   for (int group = turn; group < whole; group += kTurns) process.template operator()<true>(group);
   if (tail > 0 && whole % kTurns == turn) {
     next_u = lane_of(params.u, whole).load_some(params.u, tail);
@@ -269,11 +296,8 @@ __global__ void __launch_bounds__(kFwdWarps<kTurns>* kWarp, kTurns == 1 ? 5 : 16
     next_B = input_of(whole).load_some(params.B, tail);
     next_C = output_of(whole).load_some(params.C, tail);
     y = lane_of(params.y, whole);
+    if (kTurns > 1) begin.template operator()<false>(whole);
     process.template operator()<false>(whole);
-  }
-  if constexpr (kTurns > 1) {  // a last round without a group for this warp
-    const int last = (groups - 1) / kTurns;
-    if (last * kTurns + turn >= groups) round.pass(turn, last % kTurns == turn, {1, 1, 1, 1}, {});
   }
   if (params.states_out && live && (groups - 1) % kTurns == turn)
     *state_at(params.states_out) = make_float4(state[0], state[1], state[2], state[3]);
@@ -285,7 +309,8 @@ Strides strides_of(const ScanFwd& p, int turns) {
           .z = uint32_t(group_bytes(p.z, 2) * turns),
           .y = uint32_t(group_bytes(p.y, 2) * turns),
           .B = uint32_t(group_bytes(p.B, 3) * turns),
-          .C = uint32_t(group_bytes(p.C, 3) * turns)};
+          .C = uint32_t(group_bytes(p.C, 3) * turns),
+          .softplus_limit = softplus_limit(p.dims.softplus)};
 }
 
 }  // namespace
@@ -310,8 +335,8 @@ const char* selective_scan_fwd_tuned(const ScanFwd& p, const Sequences&, int64_t
       return launch_error();
     };
     const int64_t chains = p.dims.b * ((p.dims.d + kWarpChannels - 1) / kWarpChannels);
-    return chains >= multiprocessors() * kEnoughChains ? launch.template operator()<1>()
-                                                       : launch.template operator()<8>();
+    return chains >= multiprocessors() * kEnoughChains<T> ? launch.template operator()<1>()
+                                                          : launch.template operator()<8>();
   });
 }
 

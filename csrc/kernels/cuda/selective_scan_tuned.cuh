@@ -10,6 +10,7 @@
 #include <algorithm>
 #include <climits>
 #include <initializer_list>
+#include <limits>
 #include <optional>
 
 #include "kernels/cuda/device.h"
@@ -162,7 +163,6 @@ struct LaneTokens {
     for (int k = 0; k < 2; ++k)
       if (live && token(k) < left) p[k * second(v)] = from_real<T>(pair.at(k));
   }
-  __device__ void advance(int64_t bytes) { move(p, bytes); }
   __device__ void step(int64_t bytes) { gpu::step(p, bytes); }
 
  private:
@@ -190,19 +190,16 @@ __device__ inline float softplus_log2(float e) {
   }
 }
 
-// softplus(x) log2(e), or x log2(e).
-template <class T>
-__device__ inline float step_log2(float x, bool softplus) {
-  const float scaled = x * kToLog2;
-  if (!softplus) return scaled;
-  const float y = softplus_log2<T>(exp2_of(scaled));
-  return x > 20 ? scaled : y;
+// Up to which x step_log2 is the softplus; NaN: for none.
+inline float softplus_limit(bool softplus) {
+  return softplus ? 20.f : std::numeric_limits<float>::quiet_NaN();
 }
-// The same without a branch; slope: of softplus(x) in x, or 1.
+
+// softplus(x) log2(e), or x log2(e) if x is not at most `limit`; slope: of softplus(x) in x, or 1.
 template <class T>
-__device__ inline float step_log2(float x, bool softplus, float& slope) {
+__device__ inline float step_log2(float x, float limit, float& slope) {
   const float scaled = x * kToLog2, e = exp2_of(scaled), y = softplus_log2<T>(e);
-  const bool straight = !softplus || x > 20;
+  const bool straight = !(x <= limit);
   slope = straight ? 1.f : e * reciprocal_fast(1 + e);
   return straight ? scaled : y;
 }

@@ -93,9 +93,10 @@ __device__ inline float* shared_factors(BwdWarp<T>& shared, int which) {
     return nullptr;
 }
 
-// Bytes from group to group.
+// Constants of a call.
 struct BwdStrides {
-  uint32_t bytes[kTensors];  // none of the checkpoints
+  uint32_t bytes[kTensors];  // from group to group, none of the checkpoints
+  float softplus_limit;
 };
 
 // Up to 64 tokens of a piece, in groups of which the last has `tail` tokens.
@@ -204,57 +205,50 @@ __device__ WindowGradient run_again(const ScanBwd& params, const BwdStrides& str
     for (int i = 0; i < kLaneStates; ++i) state[i] = from[4 * q + i];
   }
 
-  const auto lane_of = [&](const View& v, BwdTensor i) {
-    Lane lane(v, shared.start[i], at.channels);
-    lane.step(0);
-    return lane;
-  };
+  const auto lane_of = [&](const View& v, BwdTensor i) { return Lane(v, shared.start[i], at.channels); };
   const auto factor_of = [&](BwdTensor i) {
     __builtin_assume(__isGlobal(shared.start[i]));
     return reinterpret_cast<const T*>(shared.start[i]);
   };
   Lane u = lane_of(u_view, kU), delta = lane_of(delta_view, kDelta), z = lane_of(z_view, kGate ? kZ : kU),
        dy = lane_of(params.dy, kDy), dz = lane_of(dz_view, kGate ? kDz : kDu);
-  Input input(B_view, factor_of(kB), shared_factors(shared, 0));
-  Output output(C_view, factor_of(kC), shared_factors(shared, 1));
-  Input gradient(input, C_view, factor_of(kC), shared_factors(shared, 1));
+  const OwnTokens own;
+  Input input(B_view, factor_of(kB), shared_factors(shared, 0), own);
+  Output output(C_view, factor_of(kC), shared_factors(shared, 1), own);
+  Input gradient(C_view, factor_of(kC), shared_factors(shared, 1), own);  // takes what `output` has loaded
   WindowGradient left{};
   float total = 0;  // of the steps
   Pack<T, 2> next_u, next_delta, next_z, next_dy;
-  typename Input::Raw next_B, next_gradient;
-  typename Output::Raw next_C;
+  typename Input::Raw next_B, next_C;
+  // Before the loads: a step after one waits until that has read its address.
+  const auto step_loads = [&](int64_t groups) {
+    u.step(groups * strides.bytes[kU]);
+    delta.step(groups * strides.bytes[kDelta]);
+    dy.step(groups * strides.bytes[kDy]);
+    input.step(groups * strides.bytes[kB]);
+    if (kGate) z.step(groups * strides.bytes[kZ]);
+    if (kGate || kTurns) output.step(groups * strides.bytes[kC]);
+  };
   const auto load = [&](int group) {
+    step_loads(1);
     if (window.cut_short(group)) {
       next_u = u.load_some(u_view, window.tail);
       next_delta = delta.load_some(delta_view, window.tail);
       next_dy = dy.load_some(params.dy, window.tail);
       next_B = input.load_some(B_view, window.tail);
-      if (kTurns) next_gradient = gradient.load_some(C_view, window.tail);
-      if (kGate) {
-        next_z = z.load_some(z_view, window.tail);
-        next_C = output.load_some(C_view, window.tail);
-      }
+      if (kGate) next_z = z.load_some(z_view, window.tail);
+      if (kGate || kTurns) next_C = output.load_some(C_view, window.tail);
       return;
     }
     next_u = u.load(u_view);
     next_delta = delta.load(delta_view);
     next_dy = dy.load(params.dy);
     next_B = input.load(B_view);
-    u.step(strides.bytes[kU]);
-    delta.step(strides.bytes[kDelta]);
-    dy.step(strides.bytes[kDy]);
-    input.step(strides.bytes[kB]);
-    if (kTurns) {
-      next_gradient = gradient.load(C_view);
-      gradient.step(strides.bytes[kC]);
-    }
-    if (kGate) {
-      next_z = z.load(z_view);
-      next_C = output.load(C_view);
-      z.step(strides.bytes[kZ]);
-      output.step(strides.bytes[kC]);
-    }
+    if (kGate) next_z = z.load(z_view);
+    if (kGate || kTurns) next_C = output.load(C_view);
   };
+  step_loads(-1);
+  dz.step(0);
   load(0);
   for (int group = 0; group < window.groups; ++group) {
     const bool cut_short = window.cut_short(group);
@@ -272,7 +266,7 @@ __device__ WindowGradient run_again(const ScanBwd& params, const BwdStrides& str
     for (int k = 0; k < 2; ++k) {
       const int t = 2 * q + k;
       float slope;
-      steps[k] = step_log2<T>((k ? raw.y : raw.x) + bias, dims.softplus, slope);
+      steps[k] = step_log2<T>((k ? raw.y : raw.x) + bias, strides.softplus_limit, slope);
       if (cut_short && t >= window.tail) steps[k] = slope = 0;
       inputs[k] = steps[k] * input_scale * (k ? us.y : us.x);
       kept.delta.at(t, g) = steps[k];
@@ -280,9 +274,13 @@ __device__ WindowGradient run_again(const ScanBwd& params, const BwdStrides& str
       kept.input.at(t, g) = inputs[k];
       kept.go.at(t, g) = (k ? go.y : go.x) * go_scale;
     }
-    input.begin(next_B, inputs);
+    input.begin(next_B);
+    input.scale(inputs[0], inputs[1]);
     if (kGate) output.begin(next_C);
-    if (kTurns) gradient.begin(next_gradient, {go.x * go_scale, go.y * go_scale});
+    if (kTurns) {
+      gradient.begin(next_C);
+      gradient.scale(go.x * go_scale, go.y * go_scale);
+    }
     if (group + 1 < window.groups) load(group + 1);
     float a[kGroup][kLaneStates], h[kGroup][kLaneStates];
 #pragma unroll

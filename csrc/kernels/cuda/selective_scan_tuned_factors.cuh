@@ -4,9 +4,9 @@
 // float32: products and sums as they stand, B and C of a group in shared memory. 16-bit types: the two small
 // products run on the tensor cores (mma, tf32), the recurrence between them stays a float32 FMA.
 //   h_t C_t: the left operand is the states of an even step (rows 0..7) and of an odd step (rows 8..15), as
-//     they stand in their registers; the right one is C of the 8 tokens, of which only the columns of these
-//     two are wanted: they come to the lanes that own them. B and C are exact in tf32; of a state the unit
-//     reads the upper 19 bits.
+//     they stand in their registers; the right one is C of the 8 tokens. Of the products only the columns of
+//     these two are wanted: they are with the lanes that own them. B and C are exact in tf32; of a state the
+//     unit reads the upper 19 bits.
 //   delta_t u_t B_t: the left operand is delta u of two steps and zeros, the right one B of four of the
 //   tokens.
 #pragma once
@@ -31,11 +31,13 @@ __device__ inline void mma(float (&d)[4], const uint32_t (&a)[2], uint32_t b) {
       : "r"(a[0]), "r"(a[1]), "r"(b));
 }
 
-// Adds the sum over channels of v times a factor, for token t; each lane brings the factors of its own token.
+// The sum over channels of v times a factor, for token t; each lane brings the factors of token g, and gets
+// the sums of tokens 2 q and 2 q + 1.
 __device__ inline void sum_channels(float (&sums)[4], int t, const float (&v)[4], float2 factor) {
-  const bool own = threadIdx.x % kWarp / 4 == t;
-  mma(sums, {__float_as_uint(v[0]), __float_as_uint(v[1]), __float_as_uint(v[2]), __float_as_uint(v[3])},
-      {own ? __float_as_uint(factor.x) : 0u, own ? __float_as_uint(factor.y) : 0u});
+  float x[4] = {};
+  mma(x, {__float_as_uint(v[0]), __float_as_uint(v[1]), __float_as_uint(v[2]), __float_as_uint(v[3])},
+      {__float_as_uint(factor.x), __float_as_uint(factor.y)});
+  if (threadIdx.x % 4 == t / 2) sums[t % 2] = x[t % 2], sums[2 + t % 2] = x[2 + t % 2];
 }
 
 // Where (n, l) of B or C of a row and channel begins.
@@ -84,7 +86,6 @@ struct FactorPairs {
   __device__ static float value(const Raw& raw, int token, int state) {
     return kStates ? raw.pair[token].at(state) : raw.pair[state].at(token);
   }
-  __device__ void advance(int64_t bytes) { move(p, bytes); }
   __device__ void step(int64_t bytes) { gpu::step(p, bytes); }
 
   __device__ static int g() { return threadIdx.x % kWarp / 4; }
@@ -95,60 +96,26 @@ struct FactorPairs {
 template <class T>
 inline constexpr float kOperandScale = sizeof(T) == 2 ? 1 + 3.5e-4f : 1.f;
 
-// h[step][lane's state] = delta u B of a group, of steps 4 j .. 4 j + 3 at a time.
+// A group of B or C in 16 bits. A lane has states 4 q .. 4 q + 3 of token g, or of tokens 2 q and 2 q + 1 the
+// states i and i + 2, i = 4 (g / 2) + g % 2. Each form is the other one transposed; a lane loads the one that
+// is contiguous in memory.
 template <class T, Along kAlong>
-struct InputFactor : FactorPairs<T, kAlong> {
-  using Base = FactorPairs<T, kAlong>;
-  static constexpr int kShared = 1;  // floats of a warp: none
-
-  __device__ InputFactor(const View& v, const T* start, float*) : Base(v, start) {
-#pragma unroll
-    for (int p = 0; p < 4; ++p) keep(own_pair[p] = Base::q() == p ? ~0u : 0u);
-  }
-  __device__ InputFactor(const InputFactor& like, const View& v, const T* start, float*) : InputFactor(like) {
-    Base::p = start + factor_offset<kAlong>(v, 2 * Base::g(), 2 * Base::q());
-  }
-  __device__ void begin(const typename Base::Raw& raw, const float (&inputs)[2]) {
-#pragma unroll
-    for (int k = 0; k < 2; ++k) {
-      input[k] = __float_as_uint(inputs[k]);
-#pragma unroll
-      for (int s = 0; s < 2; ++s) keep(b[k][s] = __float_as_uint(Base::value(raw, k, s)));
-    }
-  }
-  __device__ void inputs(float (&h)[kGroup][kLaneStates], int j) const {
-#pragma unroll
-    for (int k = 0; k < 2; ++k) {
-      const uint32_t a[2] = {input[k] & own_pair[2 * j], input[k] & own_pair[2 * j + 1]};
-#pragma unroll
-      for (int s = 0; s < 2; ++s) {
-        float x[4] = {};
-        mma(x, a, b[k][s]);
-#pragma unroll
-        for (int i = 0; i < 4; ++i) h[4 * j + i / 2 * 2 + k][s + i % 2 * 2] = x[i];
-      }
-    }
-  }
-
- private:
-  uint32_t own_pair[4];  // masks
-  uint32_t b[2][2], input[2];
-};
-
-// sum_i h C of a group, of steps 2 p and 2 p + 1 at a time.
-template <class T, Along kAlong>
-struct OutputFactor {
+struct QuadFactor {
   static constexpr bool kStates = kAlong == Along::channels;
   static constexpr int kShared = 1;  // floats of a warp: none
   struct Raw {
     uint32_t word[2];
+
+    __device__ float of_token(int state) const {
+      return Pack<T, 2>{{kStates ? word[state / 2] : transpose(word[state / 2])}}.at(state % 2);
+    }
+    __device__ float of_state(int state, int token) const {
+      return Pack<T, 2>{{kStates ? transpose(word[state]) : word[state]}}.at(token);
+    }
   };
 
-  __device__ OutputFactor(const View& v, const T* start, float*)
-      : p(start + factor_offset<kAlong>(v, state(), token())) {
-#pragma unroll
-    for (int i = 0; i < 4; ++i) keep(own_column[i] = threadIdx.x % kWarp / 8 == i ? ~0u : 0u);
-  }
+  __device__ QuadFactor(const View& v, const T* start)
+      : p(start + factor_offset<kAlong>(v, state(), token())) {}
   __device__ Raw load(const View& v) const {
     if constexpr (kStates) {
       const Pack<T, 4> four = load_now<4>(p);
@@ -157,6 +124,7 @@ struct OutputFactor {
       return {{load_now<2>(p).word[0], load_now<2>(p + 2 * v.stride[2]).word[0]}};
     }
   }
+  // Of a group of `left` < 8 tokens; zeros beyond.
   __device__ Raw load_some(const View& v, int left) const {
     Raw raw{};
 #pragma unroll
@@ -168,34 +136,9 @@ struct OutputFactor {
                          << 16 * i;
     return raw;
   }
-  __device__ void advance(int64_t bytes) { move(p, bytes); }
   __device__ void step(int64_t bytes) { gpu::step(p, bytes); }
-  __device__ void begin(const Raw& raw) {
-#pragma unroll
-    for (int k = 0; k < 2; ++k) {
-      const Pack<T, 2> pair{{kStates ? raw.word[k] : transpose(raw.word[k])}};
-#pragma unroll
-      for (int i = 0; i < 2; ++i) keep(c[2 * k + i] = __float_as_uint(pair.at(i)));
-    }
-#pragma unroll
-    for (int i = 0; i < 4; ++i) sums[i] = 0;
-  }
-  __device__ void outputs(const float (&h)[kGroup][kLaneStates], int p) {
-#pragma unroll
-    for (int s = 0; s < 2; ++s) {
-      uint32_t a[4];
-#pragma unroll
-      for (int i = 0; i < 4; ++i) a[i] = __float_as_uint(h[2 * p + i % 2][s + i / 2 * 2]);
-      const uint32_t b[2] = {c[s] & own_column[p], c[s + 2] & own_column[p]};
-      mma(sums, a, b);
-    }
-  }
-  // Of the lane's two tokens.
-  __device__ float2 result() const { return {sums[0], sums[3]}; }
 
  private:
-  // What a lane loads. Where tokens are contiguous, transposition turns it into states 4 q .. 4 q + 3 of
-  // token g.
   __device__ static int state() {
     const int g = threadIdx.x % kWarp / 4, q = threadIdx.x % 4;
     return kStates ? 4 * q : g / 2 * 4 + g % 2;
@@ -203,9 +146,85 @@ struct OutputFactor {
   __device__ static int token() { return kStates ? threadIdx.x % kWarp / 4 : threadIdx.x % 4 * 2; }
 
   const T* p;
-  uint32_t own_column[4];  // masks
-  uint32_t c[kLaneStates];
-  float sums[4];
+};
+
+// All ones in the lanes that own tokens 2 p and 2 p + 1.
+struct OwnTokens {
+  uint32_t mask[4];
+
+  __device__ OwnTokens() {
+#pragma unroll
+    for (int p = 0; p < 4; ++p) keep(mask[p] = threadIdx.x % 4 == p ? ~0u : 0u);
+  }
+};
+
+// h[step][lane's state] = delta u B of a group, of steps 4 j .. 4 j + 3 at a time.
+template <class T, Along kAlong>
+struct InputFactor : QuadFactor<T, kAlong> {
+  using Base = QuadFactor<T, kAlong>;
+
+  __device__ InputFactor(const View& v, const T* start, float*, const OwnTokens& own)
+      : Base(v, start), own(own) {}
+  __device__ void begin(const typename Base::Raw& raw) {
+#pragma unroll
+    for (int k = 0; k < 2; ++k)
+#pragma unroll
+      for (int s = 0; s < 2; ++s) keep(b[k][s] = __float_as_uint(raw.of_state(s, k)));
+  }
+  // Delta u of the lane's tokens.
+  __device__ void scale(float first, float second) {
+    input[0] = __float_as_uint(first);
+    input[1] = __float_as_uint(second);
+  }
+  __device__ void inputs(float (&h)[kGroup][kLaneStates], int j) const {
+#pragma unroll
+    for (int k = 0; k < 2; ++k) {
+      const uint32_t a[2] = {input[k] & own.mask[2 * j], input[k] & own.mask[2 * j + 1]};
+#pragma unroll
+      for (int s = 0; s < 2; ++s) {
+        float x[4] = {};
+        mma(x, a, b[k][s]);
+#pragma unroll
+        for (int i = 0; i < 4; ++i) h[4 * j + i / 2 * 2 + k][s * 2 + i % 2] = x[i];
+      }
+    }
+  }
+
+ private:
+  const OwnTokens& own;
+  uint32_t b[2][2], input[2];
+};
+
+// sum_i h C of a group, of steps 2 p and 2 p + 1 at a time.
+template <class T, Along kAlong>
+struct OutputFactor : QuadFactor<T, kAlong> {
+  using Base = QuadFactor<T, kAlong>;
+
+  __device__ OutputFactor(const View& v, const T* start, float*, const OwnTokens& own)
+      : Base(v, start), own(own) {}
+  __device__ void begin(const typename Base::Raw& raw) {
+#pragma unroll
+    for (int i = 0; i < kLaneStates; ++i) keep(c[i] = __float_as_uint(raw.of_token(i)));
+    sums[0] = sums[1] = 0;
+  }
+  __device__ void outputs(const float (&h)[kGroup][kLaneStates], int p) {
+    float x[4] = {};
+#pragma unroll
+    for (int s = 0; s < 2; ++s) {
+      uint32_t a[4];
+#pragma unroll
+      for (int i = 0; i < 4; ++i) a[i] = __float_as_uint(h[2 * p + i % 2][s + i / 2 * 2]);
+      mma(x, a, {c[s], c[s + 2]});
+    }
+    sums[0] |= __float_as_uint(x[0]) & own.mask[p];
+    sums[1] |= __float_as_uint(x[3]) & own.mask[p];
+  }
+  // Of the lane's two tokens.
+  __device__ float2 result() const { return {__uint_as_float(sums[0]), __uint_as_float(sums[1])}; }
+
+ private:
+  const OwnTokens& own;
+  uint32_t c[kLaneStates], sums[2];
 };
 
 // A group of B or C in float32, in shared memory.
@@ -215,7 +234,7 @@ struct SharedFactor {
   static constexpr int kShared = kGroup * kTunedState;  // floats of a warp
   using Raw = Pack<float, 4>;
 
-  __device__ SharedFactor(const View& v, const float* start, float* shared)
+  __device__ SharedFactor(const View& v, const float* start, float* shared, const OwnTokens&)
       : p(start + factor_offset<kAlong>(v, state(), token())), shared(shared) {}
   __device__ Raw load(const View&) const { return load_now<4>(p); }
   __device__ Raw load_some(const View&, int left) const {
@@ -225,7 +244,6 @@ struct SharedFactor {
       if (token() + (kStates ? 0 : i) < left) raw.set(i, p[i]);
     return raw;
   }
-  __device__ void advance(int64_t bytes) { move(p, bytes); }
   __device__ void step(int64_t bytes) { gpu::step(p, bytes); }
   __device__ void put(const Raw& raw) const {
     float* to = shared + token() * kTunedState + state();
@@ -256,12 +274,10 @@ template <Along kAlong>
 struct InputFactor<float, kAlong> : SharedFactor<kAlong> {
   using Base = SharedFactor<kAlong>;
   using Base::Base;
-  __device__ InputFactor(const InputFactor&, const View& v, const float* start, float* shared)
-      : Base(v, start, shared) {}
-  __device__ void begin(const typename Base::Raw& raw, const float (&inputs)[2]) {
-    Base::put(raw);
-    input[0] = inputs[0];
-    input[1] = inputs[1];
+  __device__ void begin(const typename Base::Raw& raw) { Base::put(raw); }
+  __device__ void scale(float first, float second) {
+    input[0] = first;
+    input[1] = second;
   }
   __device__ void inputs(float (&h)[kGroup][kLaneStates], int j) const {
 #pragma unroll
