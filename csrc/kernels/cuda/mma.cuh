@@ -9,11 +9,13 @@ __device__ inline uint32_t shared_address(const void* p) {
   return static_cast<uint32_t>(__cvta_generic_to_shared(p));
 }
 
-// Starts copying `bytes` (0 to 16) bytes into shared memory and zero-fills the rest of 16; both aligned
-// to 16.
-__device__ inline void copy_async(void* to, const void* from, int bytes) {
-  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(to)), "l"(from),
-               "r"(bytes));
+// Starts copying 16 bytes into shared memory, both aligned to 16; zeros where they are not wanted, and then
+// `from` is not read.
+__device__ inline void copy_async(void* to, const void* from, bool wanted) {
+  asm volatile(
+      "{.reg .pred ignored; setp.eq.s32 ignored, %2, 0; cp.async.cg.shared.global [%0], [%1], 16, "
+      "ignored;}" ::"r"(shared_address(to)),
+      "l"(from), "r"(int(wanted)));
 }
 __device__ inline void commit_copies() { asm volatile("cp.async.commit_group;"); }
 // Waits for this thread's copies, but for the last kPending groups. A barrier shows them to other threads.

@@ -278,7 +278,7 @@ __global__ void __launch_bounds__(kThreads, 1) norm_linear(const NormLinear p, c
     }
     const bool inside = rows_left > 0 && next_column < p.k;  // else nothing is read
     if constexpr (kVector) {
-      copy_async(s_slots + slot * kThreads, next, inside ? 16 : 0);
+      copy_async(s_slots + slot * kThreads, next, inside);
       commit_copies();
     } else {
       s_slots[slot * kThreads] = load_pack<kPack>(next, stride, inside ? p.k - next_column : 0, false);

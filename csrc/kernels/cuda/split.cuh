@@ -46,10 +46,10 @@ __device__ inline void store_split_pair(float* row, int at, float first, float s
   row[split_place<false>(at)] = __uint_as_float(low);
 }
 
-// Rows of kColumns values become split rows, in place; from[i]: the factor of row i. By one warp: kRows rows
-// at a time, to have their loads and sums in flight together.
+// Every `step`th of rows of kColumns values becomes a split row, in place; from[row]: its factor. By one
+// warp: kRows rows at a time, to have their loads and sums in flight together.
 template <int kColumns, int kRows>
-__device__ inline void split_rows(float* rows, int ld, float* from) {
+__device__ inline void split_rows(float* rows, int ld, float* from, int step) {
   constexpr int kValues = kColumns / 32;
   struct alignas(4 * (kValues < 4 ? kValues : 4)) Values {
     float v[kValues];
@@ -61,7 +61,7 @@ __device__ inline void split_rows(float* rows, int ld, float* from) {
   Values in[kRows];
   uint32_t largest[kRows];
 #pragma unroll
-  for (int i = 0; i < kRows; ++i) in[i] = *reinterpret_cast<const Values*>(rows + i * ld + first);
+  for (int i = 0; i < kRows; ++i) in[i] = *reinterpret_cast<const Values*>(rows + i * step * ld + first);
 #pragma unroll
   for (int i = 0; i < kRows; ++i) {
     float most = fabsf(in[i].v[0]);
@@ -77,9 +77,10 @@ __device__ inline void split_rows(float* rows, int ld, float* from) {
 #pragma unroll
     for (int k = 0; k < kValues; k += 2)
       split_pair(in[i].v[k] * scale.to, in[i].v[k + 1] * scale.to, high.w[k / 2], low.w[k / 2]);
-    *reinterpret_cast<Halves*>(rows + i * ld + split_place<true>(first)) = high;
-    *reinterpret_cast<Halves*>(rows + i * ld + split_place<false>(first)) = low;
-    if (lane == 0) from[i] = scale.from;
+    float* const row = rows + i * step * ld;
+    *reinterpret_cast<Halves*>(row + split_place<true>(first)) = high;
+    *reinterpret_cast<Halves*>(row + split_place<false>(first)) = low;
+    if (lane == 0) from[i * step] = scale.from;
   }
 }
 

@@ -9,19 +9,20 @@
 // warps by kWarps 16 / kQ make its blocks on and below the diagonal; the warp with the fewest makes the steps
 // of the next chunk too.
 //
-// float32: three products of float16 for one (split.cuh). B and C are split in place as soon as they are
-// there, P when it is made, H and x^T in registers.
+// float32: three products of float16 for one (split.cuh). Every warp splits the rows of B and C that it has
+// copied; P is split when it is made, H and x^T in registers.
 //
 // Shared memory: tiles of B and C (kQ x kN), free for the next chunk's once P is there; two of x (kQ x kP), y
-// takes the place of the one in use; P (kQ x kQ); z (kQ x kP) where there is one.
+// takes the place of the one in use; P (kQ x kQ); z (kQ x kP) where there is one. In float32 z and y pass
+// between registers and memory.
 //
 // A run that begins takes its initial state's row, one that ends leaves its final state's; sequences without
 // tokens are copied by the block of the run that follows them. Where there are too few blocks, sequences are
 // cut into pieces, and ssd_ends finds what each makes of nothing: two launches instead of one. No atomics,
 // every order is fixed by the sizes and the GPU's kind: bitwise repeatable.
 //
-// Bound by latency: with b h = 320 there are 2.4 warps a scheduler, which issue in a third of the cycles;
-// bytes keep 16 % of the bandwidth busy, tensor cores 16 %, shared memory 36 % (bfloat16, ncu on an H100).
+// Bound by latency: with b h = 320 there are 2.4 warps a scheduler. b 4, l 4096, h 80, p 64, n 128 takes
+// 0.467 ms in bfloat16, 1.26 in float32 (H200).
 #include <algorithm>
 
 #include "kernels/cuda/ssd.h"
@@ -33,10 +34,10 @@ namespace gpu {
 
 namespace {
 
-template <class F, int kN>
-__global__ void __launch_bounds__(FwdTiles<F, kN>::kThreads, FwdTiles<F, kN>::kBlocks)
+template <class F, class Sizes>
+__global__ void __launch_bounds__(FwdTiles<F, Sizes>::kThreads, FwdTiles<F, Sizes>::kBlocks)
     ssd_forward(const FwdArgs a) {
-  using T = FwdTiles<F, kN>;
+  using T = FwdTiles<F, Sizes>;
   extern __shared__ __align__(16) unsigned char memory[];
   const SsdDims& dims = a.p.dims;
   const int64_t slices = (dims.p + T::kP - 1) / T::kP;
@@ -45,7 +46,7 @@ __global__ void __launch_bounds__(FwdTiles<F, kN>::kThreads, FwdTiles<F, kN>::kB
   id /= slices;
   const int64_t head = id % dims.h;
   id /= dims.h;
-  Forward<F, kN> forward(a, *reinterpret_cast<T*>(memory), id % dims.b, head, id / dims.b, first_p);
+  Forward<F, Sizes> forward(a, *reinterpret_cast<T*>(memory), id % dims.b, head, id / dims.b, first_p);
   if (is_invalid(a.seqs))
     forward.fill_nan();
   else
@@ -61,9 +62,9 @@ __global__ void pass_all_states(const R* from, R* to, int64_t count, const Seque
 }
 
 // Pieces of the rows, where whole rows are too few blocks to fill the GPU.
-template <class F, int kN>
+template <class F, class Sizes>
 SsdPieces pieces_of(const SsdDims& dims) {
-  using T = FwdTiles<F, kN>;
+  using T = FwdTiles<F, Sizes>;
   constexpr int64_t kFewestTokens = 1024;  // of a piece: their states are run twice
   const int64_t q = std::min<int64_t>(dims.q, T::kQ), cells = ceil_div(dims.l, q);
   const int64_t blocks = std::max<int64_t>(dims.b * dims.h * ceil_div(dims.p, T::kP), 1);
@@ -77,21 +78,27 @@ SsdPieces pieces_of(const SsdDims& dims) {
   return pieces;
 }
 
-// f.template operator()<F, kN>() for the types and widths of a call.
+// f.template operator()<F, Sizes>() for the types and widths of a call, and what the GPU has.
 template <class Function>
 auto by_kernel(const SsdFwd& p, Function f) {
   return by_factors(p, [&]<class F>() {
-    return by_width(p.dims.n, [&]<int kN>() { return f.template operator()<F, kN>(); });
+    return by_width(p.dims.n, [&]<int kN>() {
+      constexpr int kBytes = sizeof(typename F::Element);
+      using Large = FwdSizes<kBytes, kN, false>;
+      using Small = FwdSizes<kBytes, kN, kBytes == 2 && (kN > 128)>;
+      return FwdTiles<F, Large>::bytes(bool(p.z)) <= shared_bytes() ? f.template operator()<F, Large>()
+                                                                    : f.template operator()<F, Small>();
+    });
   });
 }
 
-template <class F, int kN>
+template <class F, class Sizes>
 const char* launch(const SsdFwd& p, const Sequences& seqs, int64_t states, void* workspace,
                    cudaStream_t stream) {
-  using T = FwdTiles<F, kN>;
+  using T = FwdTiles<F, Sizes>;
   using R = typename F::Real;
   const SsdDims& dims = p.dims;
-  SsdPieces pieces = pieces_of<F, kN>(dims);
+  SsdPieces pieces = pieces_of<F, Sizes>(dims);
   if (pieces.count > 1) {
     SsdBwd inner{};
     inner.fwd = p;
@@ -112,8 +119,8 @@ const char* launch(const SsdFwd& p, const Sequences& seqs, int64_t states, void*
   const int64_t blocks = pieces.count * dims.b * dims.h * ceil_div(dims.p, T::kP);
   if (blocks > INT_MAX) return "more blocks than one launch may have";
   const int bytes = T::bytes(bool(p.z));
-  if (const char* error = allow_shared(ssd_forward<F, kN>, bytes)) return error;
-  ssd_forward<F, kN><<<unsigned(blocks), T::kThreads, bytes, stream>>>(a);
+  if (const char* error = allow_shared(ssd_forward<F, Sizes>, bytes)) return error;
+  ssd_forward<F, Sizes><<<unsigned(blocks), T::kThreads, bytes, stream>>>(a);
   return launch_error();
 }
 
@@ -123,8 +130,8 @@ const char* launch(const SsdFwd& p, const Sequences& seqs, int64_t states, void*
 
 int64_t ssd_fwd_portable_workspace(const SsdFwd& p, const Sequences&, int64_t) {
   using namespace gpu;
-  return by_kernel(p, [&]<class F, int kN>() -> int64_t {
-    const SsdPieces pieces = pieces_of<F, kN>(p.dims);
+  return by_kernel(p, [&]<class F, class Sizes>() -> int64_t {
+    const SsdPieces pieces = pieces_of<F, Sizes>(p.dims);
     const int64_t real = sizeof(typename F::Real);
     return pieces.count > 1 ? aligned(pieces.size(p.dims) * real) + aligned(pieces.heads(p.dims) * real) : 0;
   });
@@ -136,7 +143,8 @@ const char* ssd_fwd_portable(const SsdFwd& p, const Sequences& seqs, int64_t sta
   const SsdDims& dims = p.dims;
   const cudaStream_t stream = static_cast<cudaStream_t>(cuda_stream);
   if (dims.b * dims.l * dims.h > 0)
-    return by_kernel(p, [&]<class F, int kN>() { return launch<F, kN>(p, seqs, states, workspace, stream); });
+    return by_kernel(
+        p, [&]<class F, class Sizes>() { return launch<F, Sizes>(p, seqs, states, workspace, stream); });
   const int64_t count = states * dims.h * dims.p * dims.n;
   if (!p.states_out || count == 0) return nullptr;
   return by_factors(p, [&]<class F>() {

@@ -9,9 +9,9 @@ struct Chunk {
   int tokens;  // 0: none
 };
 
-template <class F, int kWidth>
-struct Forward : FwdProducts<F, kWidth> {
-  using Products = FwdProducts<F, kWidth>;
+template <class F, class Sizes>
+struct Forward : FwdProducts<F, Sizes> {
+  using Products = FwdProducts<F, Sizes>;
   using Products::kN, Products::kP, Products::kQ, Products::lane, Products::state, Products::tiles,
       Products::warp;
   using typename Products::E, typename Products::R, typename Products::T;
@@ -41,8 +41,16 @@ struct Forward : FwdProducts<F, kWidth> {
     return {t, int(first_start(a.seqs, row, t, cell_end) - t)};
   }
 
-  __device__ void find_first() const {
+  // What tokens have in common.
+  __device__ void prepare_row() const {
     const SsdDims& dims = a.p.dims;
+    const View& D = a.p.D;
+    if (const int p = threadIdx.x; p < kP)
+      tiles.D[p] =
+          D.data && p < channels
+              ? load_one<R>(D, head * D.stride[0] + (dims.D_per_channel ? (first_p + p) * D.stride[1] : 0))
+              : R(0);
+    if (threadIdx.x != 0) return;
     tiles.first.x = place(a.x.view, row, 0, head, first_p);
     tiles.first.z = place(a.z.view, row, 0, head, first_p);
     tiles.first.y = place(a.y.view, row, 0, head, first_p);
@@ -74,7 +82,7 @@ struct Forward : FwdProducts<F, kWidth> {
   }
   __device__ void enter(const Chunk& chunk) {
     const SsdDims& dims = a.p.dims;
-    const int64_t first_row = 16 * warp;
+    const int first_row = 16 * warp;
     if (is_edge(a.seqs, row, chunk.begin, dims.l)) {
       const int64_t k = state_row(a.seqs, row, chunk.begin);
       const R* from = static_cast<const R*>(a.p.states_in);
@@ -90,7 +98,8 @@ struct Forward : FwdProducts<F, kWidth> {
   }
   __device__ void leave(const Chunk& chunk) {
     const SsdDims& dims = a.p.dims;
-    const int64_t end = chunk.begin + chunk.tokens, first_row = 16 * warp;
+    const int first_row = 16 * warp;
+    const int64_t end = chunk.begin + chunk.tokens;
     if (!a.p.states_out || !is_edge(a.seqs, row, end, dims.l)) return;
     const int64_t k = state_row_out(a.seqs, row, end, dims.l);
     if (k >= 0)
@@ -99,26 +108,53 @@ struct Forward : FwdProducts<F, kWidth> {
     if (a.seqs.cu_seqlens.data && end == dims.l) pass_states(k + 1, a.states);
   }
 
-  // + X^T P^T, + D x, the gate; then y takes x's place in the tile, and goes out.
+  // + X^T P^T, + D x, the gate, and out.
   __device__ void finish(E* x, const Chunk& chunk, R (&y)[kQ / 8][4]) const {
-    R D[2] = {};
-    const int channel = 16 * warp + lane / 4;
-    if (a.p.D.data)
+    const R D[2] = {tiles.D[16 * warp + lane / 4], tiles.D[16 * warp + lane / 4 + 8]};
+    if constexpr (T::kSplit) {
+      R z[kQ / 8][4] = {};
+      if (a.z.view.data) for_outputs(a.z.view, tiles.first.z, chunk, z, [](R& v, const E& at) { v = at; });
+      this->add_pairs(x, D, y);
+      if (a.z.view.data)
 #pragma unroll
-      for (int half = 0; half < 2; ++half)
-        if (channel + 8 * half < channels)
-          D[half] = load_one<R>(
-              a.p.D, head * a.p.D.stride[0] +
-                         (a.p.dims.D_per_channel ? (first_p + channel + 8 * half) * a.p.D.stride[1] : 0));
-    this->add_pairs(x, D, y);
-    if (a.z.view.data)
+        for (int i = 0; i < kQ / 2; ++i) y[i / 4][i % 4] *= silu(z[i / 4][i % 4]);
+      for_outputs(a.y.view, tiles.first.y, chunk, y, [](R v, E& at) { at = v; });
+    } else {
+      this->add_pairs(x, D, y);
+      if (a.z.view.data) gate(y);
+      store(x, chunk, y);
+    }
+  }
+
+  // f(value, its place) for this warp's values of Y^T that exist.
+  template <class Function>
+  __device__ void for_outputs(const View& view, int64_t first, const Chunk& chunk, R (&y)[kQ / 8][4],
+                              Function f) const {
+    const int token = lane % 4 * 2, channel = 16 * warp + lane / 4;
+    E* const place = static_cast<E*>(view.data) + first + (chunk.begin + token) * view.stride[1] +
+                     channel * view.stride[3];
+    E* const places[2] = {place, place + 8 * view.stride[3]};
+    const bool exists[2] = {channel < channels, channel + 8 < channels};
 #pragma unroll
-      for (int k = 0; k < kQ; k += 16) {
-        const auto z = F::left_turned(tiles.z + k * T::kLdX + 16 * warp, T::kLdX);
+    for (int tile = 0; tile < kQ / 8; ++tile)
 #pragma unroll
-        for (int i = 0; i < 8; ++i)
-          y[k / 8 + i % 4 / 2][i / 4 * 2 + i % 2] *= silu(R(F::term(z, i / 4, i % 4)));
+      for (int k = 0; k < 4; ++k) {
+        const int t = 8 * tile + k % 2;
+        if (exists[k / 2] && token + t < chunk.tokens) f(y[tile][k], places[k / 2][t * view.stride[1]]);
       }
+  }
+
+  __device__ void gate(R (&y)[kQ / 8][4]) const {
+#pragma unroll
+    for (int k = 0; k < kQ; k += 16) {
+      const auto z = F::left_turned(tiles.z + k * T::kLdX + 16 * warp, T::kLdX);
+#pragma unroll
+      for (int i = 0; i < 8; ++i)
+        y[k / 8 + i % 4 / 2][i / 4 * 2 + i % 2] *= silu(R(F::term(z, i / 4, i % 4)));
+    }
+  }
+  // y takes x's place in the tile, and goes out.
+  __device__ void store(E* x, const Chunk& chunk, const R (&y)[kQ / 8][4]) const {
     __syncwarp();
 #pragma unroll
     for (int tile = 0; tile < kQ / 8; ++tile)
@@ -148,7 +184,7 @@ struct Forward : FwdProducts<F, kWidth> {
     using WarpSteps = LaneSteps<F, kQ>;
     Chunk chunk = chunk_from(cell_end);
     if (chunk.tokens == 0) return;
-    if (threadIdx.x == 0) find_first();
+    prepare_row();
     __syncthreads();
     load_BC(chunk);
     load_channels(tiles.x[0], a.x, tiles.first.x, chunk);
@@ -159,15 +195,18 @@ struct Forward : FwdProducts<F, kWidth> {
       const Steps<F, kQ>& steps = tiles.steps[turn];
       const Chunk next = chunk_from(chunk.begin + chunk.tokens);
       wait_for_copies();
+      if constexpr (T::kSplit) {
+        if (!a.B.direct || !a.C.direct) __syncthreads();
+        this->split();
+      }
       __syncthreads();
-      if (a.z.view.data) load_channels(tiles.z, a.z, tiles.first.z, chunk);
+      if (!T::kSplit && a.z.view.data) load_channels(tiles.z, a.z, tiles.first.z, chunk);
       commit_copies();
       if (next.tokens) load_channels(tiles.x[turn ^ 1], a.x, tiles.first.x, next);
       commit_copies();
       R dt[WarpSteps::kPerLane];
       if (warp == T::kStepsWarp) WarpSteps::load(dt, a.p, row, next.begin, head, next.tokens);
       enter(chunk);
-      this->prepare();
       this->make_pairs(steps);
       if (warp == T::kStepsWarp)
         WarpSteps(dt, a.p.dims, parameters, next.tokens).store(tiles.steps[turn ^ 1]);

@@ -1,12 +1,13 @@
 // SSD forward, portable: the products of a chunk (see ssd_fwd.cu). A warp's state is 16 channels (rows) by n.
 #pragma once
 #include "kernels/cuda/ssd_fwd_tiles.cuh"
+#include "kernels/cuda/ssd_split.cuh"
 
 namespace mamba_ops::gpu {
 
-template <class F, int kWidth>
+template <class F, class Sizes>
 struct FwdBlock {
-  using T = FwdTiles<F, kWidth>;
+  using T = FwdTiles<F, Sizes>;
   using E = typename F::Element;
   using R = typename F::Real;
   using ChunkSteps = Steps<F, T::kQ>;
@@ -24,9 +25,10 @@ struct FwdBlock {
   // Whether columns 16 i .. 16 i + 15 of this warp's pairs are on or below the diagonal.
   __device__ bool has_pairs(int i) const { return pair_column / 16 + i <= pair_row / 16; }
 
-  // The products C_i . B_j, weighted: by 2^(s_i - s_j) factor(j) for i >= j, else 0.
-  template <class Factor>
-  __device__ void weigh_pairs(R (&sums)[kPairColumns / 8][4], const ChunkSteps& steps, Factor factor) const {
+  // The products C_i . B_j, weighted: by 2^(s_i - s_j) factor(j) for i >= j, else 0. Then use(tile).
+  template <class Factor, class Use>
+  __device__ void weigh_pairs(R (&sums)[kPairColumns / 8][4], const ChunkSteps& steps, Factor factor,
+                              Use use) const {
     const int i = pair_row + lane / 4;
     const typename F::Sum s[2] = {steps.s[i], steps.s[i + 8]};
 #pragma unroll
@@ -43,20 +45,19 @@ struct FwdBlock {
           sum = i + 8 * half >= j + k ? sum * exp2_of(s[half] - s_j) * weight : R(0);
         }
       }
+      use(tile);
     }
   }
 };
 
 // Products of F's factors.
-template <class F, int kWidth>
-struct PlainProducts : FwdBlock<F, kWidth> {
-  using Block = FwdBlock<F, kWidth>;
+template <class F, class Sizes>
+struct PlainProducts : FwdBlock<F, Sizes> {
+  using Block = FwdBlock<F, Sizes>;
   using Block::Block;
   using Block::kN, Block::kPairColumns, Block::kQ, Block::lane, Block::pair_column, Block::pair_row,
       Block::state, Block::tiles, Block::warp;
   using typename Block::ChunkSteps, typename Block::E, typename Block::R, typename Block::T;
-
-  __device__ void prepare() const {}  // B and C
 
   // The blocks of P on and below the diagonal.
   __device__ void make_pairs(const ChunkSteps& steps) const {
@@ -71,15 +72,14 @@ struct PlainProducts : FwdBlock<F, kWidth> {
       else
         multiply_columns<F, false>(sums, left, B, T::kLdB, use);
     }
-    this->weigh_pairs(sums, steps, [&](int j) { return steps.delta[j]; });
+    const auto store = [&](int tile) {
 #pragma unroll
-    for (int tile = 0; tile < kPairColumns / 8; ++tile)
-      if (use(tile / 2))
-#pragma unroll
-        for (int half = 0; half < 2; ++half)
-          F::store_pair(
-              tiles.P + (pair_row + lane / 4 + 8 * half) * T::kLdP + pair_column + 8 * tile + lane % 4 * 2,
-              sums[tile][2 * half], sums[tile][2 * half + 1]);
+      for (int half = 0; half < 2; ++half)
+        F::store_pair(
+            tiles.P + (pair_row + lane / 4 + 8 * half) * T::kLdP + pair_column + 8 * tile + lane % 4 * 2,
+            sums[tile][2 * half], sums[tile][2 * half + 1]);
+    };
+    this->weigh_pairs(sums, steps, [&](int j) { return steps.delta[j]; }, store);
   }
 
   // Y^T of this warp's channels from H, and H after the chunk. Does not read P.
@@ -113,22 +113,18 @@ struct PlainProducts : FwdBlock<F, kWidth> {
 };
 
 // float32: B, C and P lie as split rows; H and X^T are split where they are used.
-template <class F, int kWidth>
-struct SplitProducts : FwdBlock<F, kWidth> {
-  using Block = FwdBlock<F, kWidth>;
+template <class F, class Sizes>
+struct SplitProducts : FwdBlock<F, Sizes> {
+  using Block = FwdBlock<F, Sizes>;
   using Block::Block;
   using Block::kN, Block::kPairColumns, Block::kQ, Block::lane, Block::pair_column, Block::pair_row,
       Block::state, Block::tiles, Block::warp;
   using typename Block::ChunkSteps, typename Block::T;
 
-  __device__ void prepare() const {
-    constexpr int kRows = kN <= 128 ? 4 : 2;
-#pragma unroll 1
-    for (int i = warp * kRows; i < kQ; i += T::kWarps * kRows) {
-      split_rows<kN, kRows>(tiles.C + i * T::kLdC, T::kLdC, tiles.from_C + i);
-      split_rows<kN, kRows>(tiles.B + i * T::kLdB, T::kLdB, tiles.from_B + i);
-    }
-    __syncthreads();
+  // B and C, once this warp's copies are there.
+  __device__ void split() const {
+    split_tile<kQ, kN, T::kWarps>(tiles.C, T::kLdC, tiles.from_C);
+    split_tile<kQ, kN, T::kWarps>(tiles.B, T::kLdB, tiles.from_B);
   }
 
   __device__ void make_pairs(const ChunkSteps& steps) const {
@@ -136,17 +132,17 @@ struct SplitProducts : FwdBlock<F, kWidth> {
     if (!this->has_pairs(0)) return;
     float sums[2][4] = {};
 #pragma unroll 2
-    for (int k = 0; k < kN; k += kPiece) {
+    for (int k = 0; k < kN; k += kSplitTerms) {
       float part[2][4] = {};
 #pragma unroll
-      for (int m = k; m < k + kPiece; m += 16) {
+      for (int m = k; m < k + kSplitTerms; m += 16) {
         const SplitLeft left = split_left(tiles.C + pair_row * T::kLdC, T::kLdC, m);
         multiply_split<F::kExact, false>(part, left, tiles.B + pair_column * T::kLdB, T::kLdB, m);
       }
 #pragma unroll
       for (int i = 0; i < 8; ++i) sums[i / 4][i % 4] += part[i / 4][i % 4];
     }
-    this->weigh_pairs(sums, steps, [&](int j) { return steps.delta[j] * tiles.from_B[j]; });
+    this->weigh_pairs(sums, steps, [&](int j) { return steps.delta[j] * tiles.from_B[j]; }, [](int) {});
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       const float v[4] = {sums[0][2 * half], sums[0][2 * half + 1], sums[1][2 * half], sums[1][2 * half + 1]};
@@ -168,10 +164,10 @@ struct SplitProducts : FwdBlock<F, kWidth> {
       for (int k = 0; k < 4; ++k) most[k / 2] = fmaxf(most[k / 2], fabsf(state[tile][k]));
     const SplitScale scales[2] = {SplitScale(row_largest(most[0])), SplitScale(row_largest(most[1]))};
 #pragma unroll
-    for (int k = 0; k < kN; k += kPiece) {
+    for (int k = 0; k < kN; k += kSplitTerms) {
       float part[kQ / 8][4] = {};
 #pragma unroll
-      for (int m = k; m < k + kPiece; m += 16) {
+      for (int m = k; m < k + kSplitTerms; m += 16) {
         const float (&a)[4] = state[m / 8], (&b)[4] = state[m / 8 + 1];
         const SplitLeft left = split_left({{a[0], a[1], b[0], b[1]}, {a[2], a[3], b[2], b[3]}}, scales);
         multiply_split<F::kExact, false>(part, left, tiles.C, T::kLdC, m);
@@ -185,7 +181,8 @@ struct SplitProducts : FwdBlock<F, kWidth> {
       const int token = i / 4 * 8 + lane % 4 * 2 + i % 2;
       y[i / 4][i % 4] *= scales[i % 4 / 2].from * (steps.from_start[token] * tiles.from_C[token]);
     }
-    add_tokens(x, steps);
+    add_split_tokens<F, kQ>(state, steps.decay, x + 16 * warp, T::kLdX, steps.weight, tiles.B, T::kLdB,
+                            tiles.from_B, 0);
   }
 
   // y += X^T P^T + D x.
@@ -210,46 +207,10 @@ struct SplitProducts : FwdBlock<F, kWidth> {
       for (int i = 0; i < 8; ++i) y[k / 8 + i % 4 / 2][i / 4 * 2 + i % 2] += D[i / 4] * terms.v[i / 4][i % 4];
     }
   }
-
- private:
-  static constexpr int kPiece = 32;  // terms of a sum before it is added to others
-
-  __device__ static float largest_of(const float (&v)[4]) {
-    return fmaxf(fmaxf(fabsf(v[0]), fabsf(v[1])), fmaxf(fabsf(v[2]), fabsf(v[3])));
-  }
-
-  // H after the chunk.
-  __device__ void add_tokens(const float* x, const ChunkSteps& steps) {
-    static_assert(kQ == kPiece);
-    typename F::Left terms[2];
-    float most[2] = {};
-#pragma unroll
-    for (int k = 0; k < 2; ++k) {
-      terms[k] =
-          F::weighted(F::left_turned(x + 16 * k * T::kLdX + 16 * warp, T::kLdX), steps.weight + 16 * k);
-      terms[k] = F::weighted(terms[k], tiles.from_B + 16 * k);
-#pragma unroll
-      for (int half = 0; half < 2; ++half) most[half] = fmaxf(most[half], largest_of(terms[k].v[half]));
-    }
-    const SplitScale scales[2] = {SplitScale(row_largest(most[0])), SplitScale(row_largest(most[1]))};
-    const SplitLeft left[2] = {split_left(terms[0].v, scales), split_left(terms[1].v, scales)};
-#pragma unroll
-    for (int tile = 0; tile < kN / 8; tile += 4) {
-      float part[4][4] = {};
-#pragma unroll
-      for (int k = 0; k < 2; ++k)
-        multiply_split<F::kExact, true>(part, left[k], tiles.B + 16 * k * T::kLdB, T::kLdB, 8 * tile);
-#pragma unroll
-      for (int i = 0; i < 16; ++i) {
-        float& sum = state[tile + i / 4][i % 4];
-        sum = part[i / 4][i % 4] * scales[i % 4 / 2].from + sum * steps.decay;
-      }
-    }
-  }
 };
 
-template <class F, int kWidth>
+template <class F, class Sizes>
 using FwdProducts =
-    std::conditional_t<FwdTiles<F, kWidth>::kSplit, SplitProducts<F, kWidth>, PlainProducts<F, kWidth>>;
+    std::conditional_t<FwdTiles<F, Sizes>::kSplit, SplitProducts<F, Sizes>, PlainProducts<F, Sizes>>;
 
 }  // namespace mamba_ops::gpu

@@ -14,31 +14,30 @@ struct FwdArgs {
   SsdPieces pieces;
 };
 
-// Sizes by the bytes of a factor and the width that holds n; a block takes 99 KB of shared memory at most.
-// kBlocks: of a multiprocessor.
-template <int kBytes, int kN>
+// Sizes by the bytes of a factor and the width that holds n; kBlocks: of a multiprocessor. kSmall: those that
+// fit where a block has 99 KB of shared memory, where others do not.
+template <int kBytes, int kN, bool kSmall>
 struct FwdSizes;
-template <int N>
-struct FwdSizes<2, N> {
-  static constexpr int kQ = N <= 128 ? 64 : 32, kP = 64, kBlocks = N <= 128 ? 3 : 2;
+template <int N, bool kSmall>
+struct FwdSizes<2, N, kSmall> {
+  static constexpr int kN = N, kQ = kSmall ? 32 : 64, kP = 64, kBlocks = N <= 128 ? 3 : 2;
 };
 template <int N>
-struct FwdSizes<4, N> {
-  static constexpr int kQ = 32, kP = 64, kBlocks = N <= 128 ? 3 : 2;
+struct FwdSizes<4, N, false> {
+  static constexpr int kN = N, kQ = 32, kP = 64, kBlocks = N <= 128 ? 3 : 2;
 };
 template <int N>
-struct FwdSizes<8, N> {
-  static constexpr int kQ = 16, kP = 32, kBlocks = 1;
+struct FwdSizes<8, N, false> {
+  static constexpr int kN = N, kQ = 16, kP = 32, kBlocks = 1;
 };
 
-template <class F, int kWidth>
-struct FwdTiles : FwdSizes<sizeof(typename F::Element), kWidth> {
+template <class F, class Sizes>
+struct FwdTiles : Sizes {
   using E = typename F::Element;
   using R = typename F::Real;
-  using Sizes = FwdSizes<sizeof(E), kWidth>;
-  using Sizes::kQ, Sizes::kP;
+  using Sizes::kN, Sizes::kP, Sizes::kQ;
   static constexpr bool kSplit = std::is_same_v<E, float>;  // B, C and P: split.cuh
-  static constexpr int kN = kWidth, kWarps = kP / 16, kThreads = 32 * kWarps;
+  static constexpr int kWarps = kP / 16, kThreads = 32 * kWarps;
   static constexpr int kStepsWarp = kWarps - kQ / 16;  // it has the fewest pairs
   static constexpr int kPadAlong = kSplit ? kSplitPad : F::kPadAlong;
   static constexpr int kPadAcross = kSplit ? kSplitPad : F::kPadAcross;
@@ -51,10 +50,11 @@ struct FwdTiles : FwdSizes<sizeof(typename F::Element), kWidth> {
   struct {
     int64_t x, z, y, B, C;
   } first;  // where the row's first token lies
+  R D[kP];
   alignas(16) E P[kQ * kLdP];
   // Factors of split rows; P's: of 16 of its terms, times that of C.
   alignas(16) R from_B[kSplit ? kQ : 1], from_C[kSplit ? kQ : 1], from_P[kSplit ? kQ / 16 : 1][kQ];
-  alignas(16) E z[kQ * kLdX];  // allocated for z alone
+  alignas(16) E z[kSplit ? 1 : kQ * kLdX];  // allocated for z alone
   static constexpr int bytes(bool z) { return int(z ? sizeof(FwdTiles) : offsetof(FwdTiles, z)); }
 };
 

@@ -11,10 +11,12 @@
 // begins (ends) in the cell, its initial (final) state's row takes the place of H (G), and the piece's decay
 // is 0.
 //
-// Shared memory: two tiles of x or go (q x 64) and of B or C (q x n), and of z where there is one. No
-// atomics, every order is fixed: bitwise repeatable. Bound by memory, float32 by mma.sync.
+// Shared memory: two tiles of x or go (q x 64) and of B or C (q x n), and of z where there is one. float32: B
+// and C are split in place, three products of float16 for one (split.cuh). No atomics, every order is fixed:
+// bitwise repeatable. Bound by memory but for float32.
 #include "kernels/cuda/ssd_states.h"
 
+#include "kernels/cuda/ssd_split.cuh"
 #include "kernels/cuda/ssd_tile.cuh"
 
 namespace mamba_ops {
@@ -41,7 +43,8 @@ struct StatesTiles {
   using E = typename F::Element;
   using R = typename F::Real;
   static constexpr int kQ = kTokens;
-  static constexpr int kLdX = kP + F::kPadAcross, kLdB = kN + F::kPadAcross;
+  static constexpr bool kSplit = std::is_same_v<E, float>;  // B: split.cuh
+  static constexpr int kLdX = kP + F::kPadAcross, kLdB = kN + (kSplit ? kSplitPad : F::kPadAcross);
   // A cell: the tokens that count, and their weights.
   struct Cell {
     alignas(16) R weight[kQ];
@@ -52,6 +55,7 @@ struct StatesTiles {
   };
   alignas(16) E B[2][kQ * kLdB];
   alignas(16) E x[2][kQ * kLdX];
+  alignas(16) R from_B[2][kSplit ? kQ : 1];  // of split rows
   Cell cells[kWarps];
   alignas(16) E z[2][kQ * kLdX];  // allocated for z alone
   static constexpr int bytes(bool z) { return int(z ? sizeof(StatesTiles) : offsetof(StatesTiles, z)); }
@@ -133,18 +137,26 @@ struct States {
     __syncthreads();
   }
 
-  __device__ void add(const E* x, const E* B, const Cell& cell) {
+  __device__ void add(const E* x, const E* B, const R* from_B, const Cell& cell) {
     if (cell.edge) {
       const R* from = static_cast<const R*>(reverse ? a.far[1] : a.far[0]);
       if (from) from += ((cell.state * dims.h + head) * dims.p + first_p + first_row) * dims.n + first_column;
       load_state(state, cell.state >= 0 ? from : nullptr, dims.n, channels - first_row,
                  dims.n - first_column);
     }
-    scale(state, cell.decay);
+    if constexpr (T::kSplit) {
+      constexpr int kPiece = kQ < kSplitTerms ? kQ : kSplitTerms;
 #pragma unroll 1
-    for (int k = 0; k < kQ; k += 16) {
-      const auto left = F::weighted(F::left_turned(x + k * T::kLdX + first_row, T::kLdX), cell.weight + k);
-      multiply_columns<F, true>(state, left, B + k * T::kLdB + first_column, T::kLdB);
+      for (int k = 0; k < kQ; k += kPiece)
+        add_split_tokens<F, kPiece>(state, k == 0 ? cell.decay : R(1), x + k * T::kLdX + first_row, T::kLdX,
+                                    cell.weight + k, B + k * T::kLdB, T::kLdB, from_B + k, first_column);
+    } else {
+      scale(state, cell.decay);
+#pragma unroll 1
+      for (int k = 0; k < kQ; k += 16) {
+        const auto left = F::weighted(F::left_turned(x + k * T::kLdX + first_row, T::kLdX), cell.weight + k);
+        multiply_columns<F, true>(state, left, B + k * T::kLdB + first_column, T::kLdB);
+      }
     }
   }
 
@@ -187,12 +199,16 @@ struct States {
       for (int k = 0; k < some; ++k) {
         const Cell& cell = tiles.cells[k];
         wait_for_copies();
+        if constexpr (T::kSplit) {
+          if (!(reverse ? a.to[1] : a.to[0]).direct) __syncthreads();
+          split_tile<kQ, kN, kWarps>(tiles.B[k % 2], T::kLdB, tiles.from_B[k % 2]);
+        }
         __syncthreads();
         if (reverse && a.z.view.data) gate(k % 2);
         if (k + 1 < some) load((k + 1) % 2, tiles.cells[k + 1]);
         commit_copies();
         if (!ends) store_before(first + k);
-        add(tiles.x[k % 2], tiles.B[k % 2], cell);
+        add(tiles.x[k % 2], tiles.B[k % 2], tiles.from_B[k % 2], cell);
         decay *= cell.edge ? R(0) : cell.decay;
       }
     }

@@ -14,7 +14,8 @@ namespace mamba_ops::gpu {
 
 // ---- Tiles
 
-// A tensor whose last dim may be copied 16 bytes at a time: dtype of the factors, unit stride, aligned.
+// A tensor whose last dim may be copied 16 bytes at a time: dtype of the factors, unit stride, aligned,
+// nothing left over.
 struct Rows {
   View view;
   bool direct;
@@ -24,7 +25,8 @@ template <class F>
 Rows rows_of(const View& v, std::initializer_list<int64_t> sizes) {
   constexpr int64_t kVector = 16 / sizeof(typename F::Element);
   const int last = int(sizes.size()) - 1;
-  bool direct = v.dtype == F::kType && reinterpret_cast<uintptr_t>(v.data) % 16 == 0 && v.stride[last] == 1;
+  bool direct = v.dtype == F::kType && reinterpret_cast<uintptr_t>(v.data) % 16 == 0 && v.stride[last] == 1 &&
+                sizes.begin()[last] % kVector == 0;
   for (int i = 0; i < last; ++i) direct &= sizes.begin()[i] == 1 || v.stride[i] % kVector == 0;
   return {v, direct};
 }
@@ -60,16 +62,14 @@ __device__ inline void load_tile(typename F::Element* tile, int ld, const Rows& 
   using E = typename F::Element;
   if (from.direct) {
     constexpr int kVector = 16 / sizeof(E), kVectors = kColumns / kVector;
-    constexpr int kAcross = kVectors < kThreads ? kVectors : kThreads, kDown = kThreads / kAcross;
+    constexpr int kAcross = kVectors < 32 ? kVectors : 32, kDown = kThreads / kAcross;
     for (int column = threadIdx.x % kAcross * kVector; column < kColumns; column += kAcross * kVector) {
-      const int bytes = min(max(columns - column, 0), kVector) * int(sizeof(E));
       int row = threadIdx.x / kAcross;
-      const E* data =
-          static_cast<const E*>(from.view.data) + offset + (bytes ? row * row_stride + column : 0);
+      const E* data = static_cast<const E*>(from.view.data) + offset + row * row_stride + column;
       E* to = tile + row * ld + column;
-#pragma unroll 2
-      for (; row < kRows; row += kDown, data += kDown * row_stride, to += kDown * ld)
-        copy_async(to, data, row < rows ? bytes : 0);
+#pragma unroll 4
+      for (int i = 0; i < kRows; i += kDown, row += kDown, data += kDown * row_stride, to += kDown * ld)
+        if (kRows % kDown == 0 || row < kRows) copy_async(to, data, row < rows && column < columns);
     }
     return;
   }
