@@ -141,22 +141,6 @@ def test_layouts(device: str, dtype: torch.dtype, t: int | None, layout: str) ->
     check("causal_conv1d_update", cases.causal_conv1d_update(k=5, options=CONV, **options))
 
 
-@pytest.mark.parametrize("b", [1, 17])
-def test_prefetch_changes_nothing(device: str, b: int) -> None:
-    """By all blocks of a small launch, and by the last ones of a larger one."""
-    inputs = cases.ssd_state_update(b, 64, 64, 16, options=SSD, dtype=torch.bfloat16, device=device)
-    expected_state = inputs["state"].clone()
-    expected = mamba_ops.ssd_state_update(**inputs | {"state": expected_state})
-    memory = torch.zeros(9 << 20, dtype=torch.bfloat16, device=device)
-    for part in (memory[:0], memory[3:9], memory[1:1000], memory):
-        state = inputs["state"].clone()
-        y = mamba_ops.ssd_state_update(**inputs | {"state": state}, prefetch=part)
-        assert torch.equal(y, expected) and torch.equal(state, expected_state)
-    assert not memory.any()
-    with pytest.raises(RuntimeError, match="ssd_state_update: prefetch must be contiguous"):
-        mamba_ops.ssd_state_update(**inputs, prefetch=memory[::2])
-
-
 def test_parameters_expanded_from_heads(device: str) -> None:
     """As transformers calls it: one rate, step and skip per head, broadcast over its channels."""
     inputs = cases.selective_state_update(3, 6, 5, options=SCAN, device=device)

@@ -3,7 +3,6 @@
 // dt x B^T, y = S C + D x.
 #pragma once
 #include "kernels/causal_conv1d.h"
-#include "kernels/prefetch.h"
 
 namespace mamba_ops {
 
@@ -55,7 +54,6 @@ struct SsdUpdate {
   View A, dt_bias;    // (h)
   View B, C;          // (b, t, g, n)
   View D;             // (h, p)
-  Prefetch prefetch;  // CUDA only
   StateRows rows;
 };
 

@@ -12,10 +12,6 @@ from .norm import RMSNormGated
 
 M = TypeVar("M", bound=nn.Module)
 
-# Of the next layer's first weight, what an H100's memory delivers while this layer's last launch runs, and
-# what its L2 cache of 50 MB keeps beside that launch's own weight.
-PREFETCH_BYTES = 20 << 20
-
 
 def token_rows(name: str, x: Tensor, d_model: int) -> Tensor:
     """x, which must be (b, d_model) or (b, 1, d_model), as (b, d_model)."""
@@ -28,11 +24,6 @@ def is_plain(module: nn.Module, kind: type[M]) -> TypeGuard[M]:
     """Whether module does what its class does and no more: no subclass, adapter, parametrization or hook."""
     hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks)
     return type(module) is kind and not any(hooks) and not module._backward_pre_hooks
-
-
-def weight_of(linear: nn.Module) -> Tensor | None:
-    """The weight of a plain projection, for `prefetch`."""
-    return linear.weight if is_plain(linear, nn.Linear) and linear.weight.is_contiguous() else None
 
 
 def _fuses(linear: nn.Module, x: Tensor) -> TypeGuard[nn.Linear]:
@@ -53,13 +44,9 @@ def norm_and_project(
     x: Tensor,
     *,
     z: Tensor,
-    prefetch: Tensor | None = None,
 ) -> Tensor | None:
-    """norm_linear by two modules for x and its gate z (b, k), without autograd, whose weight was prefetched;
-    None where it would not be one launch.
-
-    prefetch: a weight that the launches behind this one read; of its rows, what comes in while this one runs.
-    """
+    """norm_linear by two modules for x and its gate z (b, k), without autograd; None where it would not be
+    one launch."""
     if not (_fuses(linear, x) and _norm_fuses(norm, x)):
         return None
     return norm_linear(
@@ -70,8 +57,6 @@ def norm_and_project(
         z=z,
         eps=norm.eps,
         norm_before_gate=norm.norm_before_gate,
-        prefetch=_first_rows(prefetch),
-        prefetch_first=True,
     )[0]
 
 
@@ -84,7 +69,6 @@ def project_and_convolve(
     begin: int = 0,
     norm: RMSNormGated | None = None,
     residual: Tensor | None = None,
-    prefetch: Tensor | None = None,
 ) -> tuple[Tensor, Tensor] | None:
     """norm_linear_conv by modules for x (b, k), without autograd; None where it would not be one launch."""
     if not (_fuses(linear, x) and (norm is None or _norm_fuses(norm, x))):
@@ -102,19 +86,11 @@ def project_and_convolve(
         begin=begin,
         residual=residual,
         eps=1e-5 if norm is None else norm.eps,
-        prefetch=prefetch,
     )
 
 
-def _first_rows(weight: Tensor | None) -> Tensor | None:
-    """Of a weight (n, k) the first PREFETCH_BYTES, at least a row."""
-    if weight is None:
-        return None
-    return weight[: max(1, PREFETCH_BYTES // (weight.shape[1] * weight.element_size()))]
-
-
-def project(linear: nn.Module, x: Tensor, prefetch: Tensor | None = None) -> Tensor:
-    """linear(x) for x (b, k), without autograd; prefetch: see norm_and_project.
+def project(linear: nn.Module, x: Tensor) -> Tensor:
+    """linear(x) for x (b, k), without autograd.
 
     torch multiplies one to three float32 rows on the CPU by a matrix-vector routine of one thread, at a
     quarter of the memory's speed (torch 2.15 with MKL, two cores of an AMD EPYC: 2.1 ms for 30 MB of
@@ -122,8 +98,7 @@ def project(linear: nn.Module, x: Tensor, prefetch: Tensor | None = None) -> Ten
     on a GPU go by norm_linear.
     """
     if _fuses(linear, x):
-        prefetch = _first_rows(prefetch)
-        return norm_linear(x, linear.weight, linear.bias, prefetch=prefetch, prefetch_first=True)[0]
+        return norm_linear(x, linear.weight, linear.bias)[0]
     if (
         not is_plain(linear, nn.Linear)
         or not 1 <= x.shape[0] <= 3

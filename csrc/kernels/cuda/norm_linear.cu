@@ -19,15 +19,13 @@
 // Shared memory: the slots (kAhead x 8 KiB), sums of 2 x 4 tiles (16 KiB), x' (2 k bytes a row). More rows
 // than eight, or than fit: one launch after the other.
 //
-// Bound by the bytes of W. `prefetch` keeps the memory busy where launches end and begin: the next launch
-// finds some of its bytes in the L2 cache. What runs before the first product runs once in every warp, and
+// Bound by the bytes of W. What runs before the first product runs once in every warp, and
 // hides behind nothing: kernels compiled for what stands before the projection, few instructions.
 #include <algorithm>
 
 #include "kernels/cuda/bits.cuh"
 #include "kernels/cuda/device.h"
 #include "kernels/cuda/mma.cuh"
-#include "kernels/cuda/prefetch.cuh"
 #include "kernels/norm_linear.h"
 
 namespace mamba_ops {
@@ -48,13 +46,11 @@ constexpr int kMaxRows = 8;  // of x
 constexpr int kAtOnce = 2;   // packs of a row of x that a thread asks for at once
 
 struct Shape {
-  int tiles;         // of W, that every block has
-  int more;          // blocks that have one more
-  int columns;       // of a tile, in whole chunks
-  int team_bits;     // log2 of the teams that make x'
-  int ahead;         // last tiles, in which a block prefetches
-  int pieces, part;  // of the prefetch: of a block, and asked for at once
-  float mean, eps;   // 1 / k
+  int tiles;        // of W, that every block has
+  int more;         // blocks that have one more
+  int columns;      // of a tile, in whole chunks
+  int team_bits;    // log2 of the teams that make x'
+  float mean, eps;  // 1 / k
 };
 
 // What makes x' of x, in kernels for tensors that lie in whole packs of 16 bytes; `any` looks.
@@ -220,32 +216,6 @@ __device__ inline void store_output(const NormLinear& p, int64_t row, int64_t to
   static_cast<bf16*>(p.y.data)[row * p.n + to] = from_real<bf16>(y);
 }
 
-// ---- The L2 cache
-
-// The pieces of a block, in equal parts.
-class PrefetchParts {
- public:
-  __device__ PrefetchParts(const Prefetch& memory, const Shape& shape) : part_(shape.part) {
-    const int64_t begin = min(memory.bytes, blockIdx.x * (shape.pieces * kPrefetchPiece));
-    data_ = memory.data + begin;
-    bytes_ = int(min(memory.bytes - begin, shape.pieces * kPrefetchPiece));
-  }
-  // Asks for the next part. Every thread calls it.
-  __device__ void operator()() {
-    const int piece = threadIdx.x / 32;
-#pragma unroll 1
-    for (int i = piece; i < part_ && i * kPrefetchPiece < bytes_; i += kWarps)
-      prefetch_piece(data_ + i * kPrefetchPiece, min(int(kPrefetchPiece), bytes_ - i * int(kPrefetchPiece)),
-                     threadIdx.x % 32);
-    data_ += part_ * kPrefetchPiece;
-    bytes_ -= part_ * int(kPrefetchPiece);
-  }
-
- private:
-  const char* data_;
-  int bytes_, part_;  // of the block, of one call in pieces
-};
-
 // ---- The kernel
 
 template <Before kBefore>
@@ -286,12 +256,9 @@ __global__ void __launch_bounds__(kThreads, 1) norm_linear(const NormLinear p, c
     next_column += kSpan;
     next += to_next_step;
   };
-  PrefetchParts prefetch(p.prefetch, shape);
-  const int asks_from = max(0, tiles - shape.ahead);
   make_rows<kBefore>(p, s_x, s_squares, columns, shape.team_bits, [&] {
 #pragma unroll
     for (int slot = 0; slot < kAhead; ++slot) copy_next(slot);
-    if (asks_from == 0) prefetch();
   });
   __syncthreads();
   if (threadIdx.x < p.b) {
@@ -310,7 +277,6 @@ __global__ void __launch_bounds__(kThreads, 1) norm_linear(const NormLinear p, c
     const int64_t to = (first_tile + tile - in_group + warp) * kTile + part;
     const bool has_output = warp < kGroup && row < p.b && to < p.n;
     if (in_group == 0 && has_output && tile + warp < tiles) out = load_output(p, row, to);
-    if (tile + 1 >= asks_from && tile + 1 < tiles) prefetch();
     float c[2][4] = {};
     for (; column < columns; column += kSpan) {
       wait_for_copies<kAhead - 1>();
@@ -339,7 +305,6 @@ __global__ void __launch_bounds__(kThreads, 1) norm_linear(const NormLinear p, c
 
 // The rows [begin, begin + b) of the call.
 NormLinear rows_of(NormLinear p, int64_t begin, int64_t b) {
-  if (begin + b < p.b) p.prefetch.bytes = 0;
   p.b = b;
   for (View* v : {&p.x, &p.residual, &p.z, &p.sum, &p.y, &p.conv.state})
     if (v->data)
@@ -360,11 +325,6 @@ const char* norm_linear_cuda(const NormLinear& p, void* cuda_stream) {
                  .columns = int(std::max<int64_t>((p.k + kStep - 1) / kStep, 1) * kStep),
                  .mean = 1 / float(p.k),
                  .eps = float(p.eps)};
-  // In as many of the last tiles as there are still to come when the last copies have been asked for, or so.
-  shape.ahead = p.prefetch_first ? shape.tiles + 1 : (kAhead * kSpan + shape.columns - 1) / shape.columns;
-  shape.pieces = int((p.prefetch.bytes + kPrefetchPiece * blocks - 1) / (kPrefetchPiece * blocks));
-  const int parts = std::min(shape.ahead, shape.tiles);
-  shape.part = (shape.pieces + parts - 1) / parts;
   const int64_t fixed_bytes = kAhead * kThreads * 16 + kSums * 4, static_bytes = 1024,
                 row_bytes = pitch_of(shape.columns) * 2;
   const int64_t rows = std::min<int64_t>(kMaxRows, (shared_bytes() - static_bytes - fixed_bytes) / row_bytes);
