@@ -245,7 +245,7 @@ class Mamba2(nn.Module):
                 B,
                 C,
                 self._skip(),
-                self._scan_gate(z),
+                None if self.rmsnorm else self._by_head(z),
                 self.dt_bias,
                 True,
                 self.dt_limit,
@@ -307,6 +307,7 @@ class Mamba2(nn.Module):
     ) -> Tensor:
         """What `step` does behind the convolution. Returns (b, d_model)."""
         inner, B, C = self._heads(xBC)
+        gates = not self.rmsnorm or (is_plain(self.norm, RMSNormGated) and not self.norm.norm_before_gate)
         y = ssd_state_update(
             cache.ssm_state,
             inner,
@@ -315,17 +316,18 @@ class Mamba2(nn.Module):
             B,
             C,
             self._skip(),
-            self._scan_gate(z),
+            self._by_head(z) if gates else None,
             self.dt_bias,
             True,
             self.dt_limit,
             A_is_log=True,
         )
+        gate = None if gates else z
         if self.rmsnorm and not mlp:
-            out = norm_and_project(self.norm, self.out_proj, y.flatten(-2), z=z)
+            out = norm_and_project(self.norm, self.out_proj, y.flatten(-2), gate)
             if out is not None:
                 return out
-        return project(self.out_proj, self._gated(y, z, mlp))
+        return project(self.out_proj, self._gated(y, gate, mlp))
 
     def allocate_cache(
         self,
@@ -374,12 +376,12 @@ class Mamba2(nn.Module):
         """D as the operators take it: (h,) or (h, p)."""
         return self.D.view(-1, self.headdim) if self.D_has_hdim else self.D
 
-    def _scan_gate(self, z: Tensor) -> Tensor | None:
-        """z (..., h, p) where no norm follows, so that the scan itself applies it."""
-        return None if self.rmsnorm else z.view(*z.shape[:-1], self.nheads, self.headdim)
+    def _by_head(self, z: Tensor) -> Tensor:
+        """z (..., h, p), as the scan takes it."""
+        return z.view(*z.shape[:-1], self.nheads, self.headdim)
 
-    def _gated(self, y: Tensor, z: Tensor, mlp: Sequence[Tensor]) -> Tensor:
-        """Norm and gate of y (..., h, p), and the MLP part beside it: (..., d_inner)."""
+    def _gated(self, y: Tensor, z: Tensor | None, mlp: Sequence[Tensor]) -> Tensor:
+        """Norm of y (..., h, p), its gate z if the scan has not applied it, and the MLP part beside it."""
         y = y.flatten(-2)
         if self.rmsnorm:
             y = self.norm(y, z)

@@ -26,11 +26,8 @@ def is_plain(module: nn.Module, kind: type[M]) -> TypeGuard[M]:
     return type(module) is kind and not any(hooks) and not module._backward_pre_hooks
 
 
-def _fuses(linear: nn.Module, x: Tensor) -> TypeGuard[nn.Linear]:
-    return is_plain(linear, nn.Linear) and linear.weight.dtype == x.dtype and fuses(x)
-
-
-def _norm_fuses(norm: RMSNormGated, x: Tensor) -> bool:
+def _norm_fits(norm: RMSNormGated, x: Tensor) -> bool:
+    """Whether norm does what norm_linear does before its product."""
     return (
         is_plain(norm, type(norm))
         and norm.weight.dtype in (x.dtype, torch.float32)
@@ -38,26 +35,14 @@ def _norm_fuses(norm: RMSNormGated, x: Tensor) -> bool:
     )
 
 
-def norm_and_project(
-    norm: RMSNormGated,
-    linear: nn.Module,
-    x: Tensor,
-    *,
-    z: Tensor,
-) -> Tensor | None:
-    """norm_linear by two modules for x and its gate z (b, k), without autograd; None where it would not be
-    one launch."""
-    if not (_fuses(linear, x) and _norm_fuses(norm, x)):
+def norm_and_project(norm: RMSNormGated, linear: nn.Module, x: Tensor, z: Tensor | None) -> Tensor | None:
+    """norm_linear by two modules for x and its gate z (b, k) on a GPU, without autograd; None where they do
+    more."""
+    if not (x.is_cuda and is_plain(linear, nn.Linear) and _norm_fits(norm, x)):
         return None
-    return norm_linear(
-        x,
-        linear.weight,
-        linear.bias,
-        norm.weight,
-        z=z,
-        eps=norm.eps,
-        norm_before_gate=norm.norm_before_gate,
-    )[0]
+    before = norm.norm_before_gate
+    y, _ = norm_linear(x, linear.weight, linear.bias, norm.weight, z=z, eps=norm.eps, norm_before_gate=before)
+    return y
 
 
 def project_and_convolve(
@@ -71,7 +56,9 @@ def project_and_convolve(
     residual: Tensor | None = None,
 ) -> tuple[Tensor, Tensor] | None:
     """norm_linear_conv by modules for x (b, k), without autograd; None where it would not be one launch."""
-    if not (_fuses(linear, x) and (norm is None or _norm_fuses(norm, x))):
+    if not (is_plain(linear, nn.Linear) and linear.weight.dtype == x.dtype and fuses(x)):
+        return None
+    if not (norm is None or _norm_fits(norm, x)):
         return None
     if conv_state.dtype != x.dtype or conv.weight.dtype not in (x.dtype, torch.float32):
         return None
@@ -94,10 +81,10 @@ def project(linear: nn.Module, x: Tensor) -> Tensor:
 
     torch multiplies one to three float32 rows on the CPU by a matrix-vector routine of one thread, at a
     quarter of the memory's speed (torch 2.15 with MKL, two cores of an AMD EPYC: 2.1 ms for 30 MB of
-    weights). As a batch of row blocks of the weight the same product runs on every thread (0.45 ms). Few rows
-    on a GPU go by norm_linear.
+    weights). As a batch of row blocks of the weight the same product runs on every thread (0.45 ms). On a GPU
+    norm_linear knows what to do with few rows.
     """
-    if _fuses(linear, x):
+    if is_plain(linear, nn.Linear) and x.is_cuda:
         return norm_linear(x, linear.weight, linear.bias)[0]
     if (
         not is_plain(linear, nn.Linear)
