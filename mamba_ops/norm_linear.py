@@ -13,7 +13,7 @@ from .state_update import causal_conv1d_update, prepare
 
 _norm_linear = torch.ops.mamba_ops.norm_linear.default
 _norm_linear_conv = torch.ops.mamba_ops.norm_linear_conv.default
-_MAX_ROWS, _MAX_WIDTH = 8, 16384  # beyond, torch's product is as fast
+_MAX_ROWS, _MAX_WIDTH = 8, 8192  # more rows: torch's product is as fast; wider: no room on small GPUs
 
 
 def norm_linear(

@@ -313,13 +313,35 @@ def test_conv_rows_beyond_one_launch(gpu: str) -> None:
 def test_the_same_bits_every_run_and_in_a_graph(gpu: str) -> None:
     inputs = half(5, 2560, 1000, "add to float32", device=gpu)
     expected = mamba_ops.norm_linear(**inputs)
+    source, inputs["x"] = inputs["x"], torch.zeros_like(inputs["x"])
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
+        inputs["x"].copy_(source)
         captured = mamba_ops.norm_linear(**inputs)
     for _ in range(3):
         graph.replay()
         for got, again, want in zip(captured, mamba_ops.norm_linear(**inputs), expected, strict=True):
             assert torch.equal(got, want) and torch.equal(again, want)
+
+
+def test_launches_that_read_what_the_one_before_wrote(gpu: str) -> None:
+    """As x, as weight and as conv_state; the launches overlap."""
+    inputs = cases.norm_linear_conv(8, 512, 512, 300, 4, 100, "norm", dtype=torch.bfloat16, device=gpu)
+
+    def chain(wait: Callable[[], None]) -> list[Tensor]:
+        state, y, outs = inputs["conv_state"].clone(), inputs["x"], []
+        for _ in range(40):
+            y = mamba_ops.norm_linear_conv(**inputs | {"x": y, "conv_state": state})[0]
+            wait()
+            outs.append(mamba_ops.norm_linear(inputs["x"], y)[0])
+            wait()
+            outs.append(mamba_ops.norm_linear(y, inputs["weight"], inputs["bias"], inputs["norm_weight"])[0])
+            y = outs[-1]
+            wait()
+        return [*outs, state]
+
+    for got, want in zip(chain(lambda: None), chain(torch.cuda.synchronize), strict=True):
+        assert torch.equal(got, want)
 
 
 @pytest.mark.parametrize(

@@ -48,12 +48,12 @@ struct SsdUpdateDims {
 
 struct SsdUpdate {
   SsdUpdateDims dims;
-  View state;         // (s, h, p, n)
-  View x, z, y;       // (b, t, h, p)
-  View dt;            // (b, t, h)
-  View A, dt_bias;    // (h)
-  View B, C;          // (b, t, g, n)
-  View D;             // (h, p)
+  View state;       // (s, h, p, n)
+  View x, z, y;     // (b, t, h, p)
+  View dt;          // (b, t, h)
+  View A, dt_bias;  // (h)
+  View B, C;        // (b, t, g, n)
+  View D;           // (h, p)
   StateRows rows;
 };
 

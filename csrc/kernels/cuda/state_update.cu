@@ -18,6 +18,7 @@
 #include <climits>
 
 #include "kernels/cuda/bits.cuh"
+#include "kernels/cuda/launch.cuh"
 #include "kernels/cuda/state_rows.cuh"
 #include "kernels/state_update.h"
 
@@ -154,6 +155,7 @@ __global__ void __launch_bounds__(kThreads, !kOneToken  ? 4
   const int64_t own_row = block_row + threadIdx.x;
   const auto group_of = [&](int64_t heads) { return heads == p.h ? 0 : head / unsigned(heads); };
   const int64_t group_B = group_of(p.heads_per_B), group_C = group_of(p.heads_per_C);
+  overlap();
   uint32_t bias_bits = 0, A_bits = 0, D_bits = 0;
   if (owner) {
     const auto bits = [&](const View& v) { return load_bits(v, head * v.stride[0] + own_row * v.stride[1]); };
@@ -264,6 +266,7 @@ __global__ void __launch_bounds__(kThreads) update_any(const Update p, const Dev
   extern __shared__ double s_memory[];
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, warps = blockDim.x / 32;
   const int64_t line = int64_t(blockIdx.x) * warps + warp, head = line / p.p, row = line % p.p;
+  overlap();
   if (head >= p.h) return;
   R* s_state = reinterpret_cast<R*>(s_memory) + warp * p.n * kParts;
   const int64_t group_B = head / p.heads_per_B, group_C = head / p.heads_per_C;
@@ -347,7 +350,7 @@ const char* launch_packs(const Update& p, const DeviceRows& rows, cudaStream_t s
                            : update_packs<T, S, false, false, kPacks>);
   };
   const auto kernel = packs == 1 ? kernel_of.template operator()<1>() : kernel_of.template operator()<2>();
-  kernel<<<grid(blocks, p.h, p), kThreads, 0, stream>>>(p, teams, rows);
+  launch_overlapped(kernel, grid(blocks, p.h, p), kThreads, 0, stream, p, teams, rows);
   return launch_error();
 }
 
@@ -358,7 +361,7 @@ const char* launch_any(const Update& p, const DeviceRows& rows, cudaStream_t str
   const int64_t blocks = (p.h * p.p + warps - 1) / warps;
   if (blocks > INT_MAX) return "more rows than one launch may have";
   const auto kernel = p.complex ? update_any<R, true> : update_any<R, false>;
-  kernel<<<grid(blocks, 1, p), unsigned(32 * warps), size_t(warps * bytes), stream>>>(p, rows);
+  launch_overlapped(kernel, grid(blocks, 1, p), unsigned(32 * warps), size_t(warps * bytes), stream, p, rows);
   return launch_error();
 }
 
