@@ -1,6 +1,7 @@
 """The one-token updates against the reference: outputs, states left behind, rows of a cache."""
 
 from collections.abc import Callable
+from itertools import product
 from typing import Any
 
 import pytest
@@ -36,9 +37,10 @@ def test_conv(
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_conv_in_whole_packs(device: str, dtype: torch.dtype, d: int, k: int, rows: int | None) -> None:
     """Kernels move channels that are contiguous and aligned in packs, also those of a wider row."""
-    for options in ((), CONV):
+    parameters = {dtype, torch.promote_types(dtype, torch.float32)}
+    for options, params in product(((), CONV), parameters):
         inputs = cases.causal_conv1d_update(
-            3, d, 4, k=k, rows=rows, options=options, dtype=dtype, params=dtype, device=device
+            3, d, 4, k=k, rows=rows, options=options, dtype=dtype, params=params, device=device
         )
         check("causal_conv1d_update", inputs)
         wide = torch.zeros(3, d + 24, dtype=dtype, device=device)
