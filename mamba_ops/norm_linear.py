@@ -13,7 +13,7 @@ from .state_update import causal_conv1d_update, prepare
 
 _norm_linear = torch.ops.mamba_ops.norm_linear.default
 _norm_linear_conv = torch.ops.mamba_ops.norm_linear_conv.default
-_MAX_ROWS, _MAX_WIDTH = 8, 16384  # beyond, torch's product is as fast
+_MAX_ROWS, _MAX_WIDTH = 8, 8192  # more rows: torch's product is as fast; wider: no room on small GPUs
 
 
 def norm_linear(
@@ -26,8 +26,6 @@ def norm_linear(
     z: Tensor | None = None,
     eps: float = 1e-5,
     norm_before_gate: bool = False,
-    prefetch: Tensor | None = None,
-    prefetch_first: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """`torch.nn.functional.linear` of a norm: one launch that streams the weight, for few rows on a GPU.
 
@@ -44,11 +42,6 @@ def norm_linear(
         z: like x: the gate before its SiLU; needs norm_weight, and excludes residual.
         eps: added to the mean square, >= 0.
         norm_before_gate: ``norm(x) * silu(z)`` instead.
-        prefetch: contiguous memory, float, that a later launch will read, such as the next weight: the GPU
-            brings it into its L2 cache once all of this weight has been asked for. Changes no result; the
-            CPU, and calls that are not one launch, leave it alone.
-        prefetch_first: at the beginning instead; for a weight that was itself prefetched, which leaves the
-            memory idle.
 
     Returns:
         y (b, n) in x's dtype, and residual + x in residual's dtype, or x itself without residual.
@@ -66,9 +59,7 @@ def norm_linear(
     if residual is not None and z is not None:
         raise ValueError("norm_linear: residual and z exclude one another")
     if fuses(x, weight, bias, norm_weight, residual, z):
-        y, total = _norm_linear(
-            x, residual, z, norm_weight, weight, bias, eps, norm_before_gate, prefetch, prefetch_first
-        )
+        y, total = _norm_linear(x, residual, z, norm_weight, weight, bias, eps, norm_before_gate)
         return y, x if residual is None else total
     total = x
     if norm_weight is not None and residual is not None:
@@ -90,15 +81,13 @@ def norm_linear_conv(
     begin: int = 0,
     residual: Tensor | None = None,
     eps: float = 1e-5,
-    prefetch: Tensor | None = None,
-    prefetch_first: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """`norm_linear`, then `causal_conv1d_update` with SiLU of d of its columns, in the same launch.
 
     One launch for up to 8 rows in bfloat16 on CUDA with w - 1 inputs in the state; else the operators named.
 
     Args:
-        x, weight, bias, norm_weight, residual, eps, prefetch, prefetch_first: as for `norm_linear`.
+        x, weight, bias, norm_weight, residual, eps: as for `norm_linear`.
         conv_state: (b, d, k) with k >= w - 1, updated in place.
         conv_weight: (d, w) with w in 2..4, x's dtype or float32.
         conv_bias: (d), dtype as for conv_weight.
@@ -137,8 +126,6 @@ def norm_linear_conv(
             conv_bias,
             eps,
             begin,
-            prefetch,
-            prefetch_first,
         )
         return y, x if residual is None else total
     y, total = norm_linear(x, weight, bias, norm_weight, residual=residual, eps=eps)

@@ -122,7 +122,6 @@ def ssd_state_update(
     *,
     state_indices: Tensor | None = None,
     A_is_log: bool = False,
-    prefetch: Tensor | None = None,
 ) -> Tensor:
     """`ssd` of one token or a few, continuing from `state`, which then holds the state after them.
 
@@ -142,8 +141,6 @@ def ssd_state_update(
             whose y is zero and which touches no state. Rows that share a state take their turns in order.
             On CUDA an index beyond s cannot raise: the y of its row is NaN, and no state is touched.
         A_is_log: A holds log(-A), the layers' parameter: no further operators for -exp(A) at every token.
-        prefetch: contiguous memory, float, that a later launch will read, such as a weight: the GPU brings it
-            into its L2 cache as this one ends. Changes no result.
 
     Returns:
         y, shaped like x, in its dtype and layout, from the unrounded state. Not differentiable.
@@ -159,9 +156,7 @@ def ssd_state_update(
     (tensor([[[2.]]]), tensor([[[[2.]]]]))
     """
     prepare("ssd_state_update", state, x, dt, A, B, C, D, z, dt_bias)
-    y: Tensor = _ssd(
-        state, x, dt, A, B, C, D, z, dt_bias, state_indices, dt_softplus, *dt_limit, A_is_log, prefetch
-    )
+    y: Tensor = _ssd(state, x, dt, A, B, C, D, z, dt_bias, state_indices, dt_softplus, *dt_limit, A_is_log)
     return y
 
 

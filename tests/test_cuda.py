@@ -97,6 +97,33 @@ def test_a_side_stream(name: str) -> None:
     assert_equal(got, expected)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_launches_that_read_what_the_one_before_wrote(dtype: torch.dtype) -> None:
+    """Those of a layer's step start while the one before still runs."""
+    for name in UPDATES:
+        require(name)
+    conv = cases.causal_conv1d_update(2, 160, 4, k=3, dtype=dtype, device="cuda")
+    update = cases.ssd_state_update(2, 5, 32, 16, dtype=dtype, device="cuda")
+    weight = torch.ones(160, dtype=dtype, device="cuda")
+
+    def chain(wait: Callable[[], None]) -> list[Tensor]:
+        conv_state, state, stream, outs = conv["state"].clone(), update["state"].clone(), conv["x"], []
+        x = stream
+        for _ in range(40):
+            x = mamba_ops.causal_conv1d_update(**conv | {"x": x, "state": conv_state})
+            wait()
+            x = mamba_ops.ssd_state_update(**update | {"x": x.view(2, 5, 32), "state": state})
+            wait()
+            x = mamba_ops.rms_norm_gated(x.view(2, 160), weight, stream)
+            wait()
+            x, stream = mamba_ops.add_rms_norm(x, stream, weight)
+            wait()
+            outs += [x, stream]
+        return [*outs, conv_state, state]
+
+    assert_equal(chain(lambda: None), chain(torch.cuda.synchronize))
+
+
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="one GPU")
 @pytest.mark.parametrize("name", ALL)
 def test_a_device_that_is_not_the_current_one(name: str) -> None:

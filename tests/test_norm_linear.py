@@ -253,7 +253,7 @@ def operator(**inputs: Any) -> tuple[Tensor, Tensor]:
     names = ("x", "residual", "z", "norm_weight", "weight", "bias")
     tensors = [inputs.get(name) for name in names]
     y, total = torch.ops.mamba_ops.norm_linear(
-        *tensors, inputs.get("eps", 1e-5), inputs.get("norm_before_gate", False), inputs.get("prefetch")
+        *tensors, inputs.get("eps", 1e-5), inputs.get("norm_before_gate", False)
     )
     return y, total
 
@@ -310,30 +310,38 @@ def test_conv_rows_beyond_one_launch(gpu: str) -> None:
         assert torch.equal(inputs["conv_state"][rows], part["conv_state"])
 
 
-@pytest.mark.parametrize("first", [False, True])
-@pytest.mark.parametrize("b", [1, 8, 9])
-def test_prefetch_changes_nothing(gpu: str, b: int, first: bool) -> None:
-    """Of no byte, of few, at any address, of more than the L2 cache has."""
-    inputs = half(b, 2560, 1100, "add", device=gpu)
-    memory = torch.zeros(40 << 20, dtype=torch.bfloat16, device=gpu)
-    expected = mamba_ops.norm_linear(**inputs)
-    for part in (memory[:0], memory[3:9], memory[3:12], memory[1:1000], memory[: 1 << 20], memory[5:]):
-        got = mamba_ops.norm_linear(**inputs, prefetch=part, prefetch_first=first)
-        assert torch.equal(got[0], expected[0]) and torch.equal(got[1], expected[1])
-    torch.cuda.synchronize()
-    assert not memory.any()
-
-
 def test_the_same_bits_every_run_and_in_a_graph(gpu: str) -> None:
     inputs = half(5, 2560, 1000, "add to float32", device=gpu)
     expected = mamba_ops.norm_linear(**inputs)
+    source, inputs["x"] = inputs["x"], torch.zeros_like(inputs["x"])
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
+        inputs["x"].copy_(source)
         captured = mamba_ops.norm_linear(**inputs)
     for _ in range(3):
         graph.replay()
         for got, again, want in zip(captured, mamba_ops.norm_linear(**inputs), expected, strict=True):
             assert torch.equal(got, want) and torch.equal(again, want)
+
+
+def test_launches_that_read_what_the_one_before_wrote(gpu: str) -> None:
+    """As x, as weight and as conv_state; the launches overlap."""
+    inputs = cases.norm_linear_conv(8, 512, 512, 300, 4, 100, "norm", dtype=torch.bfloat16, device=gpu)
+
+    def chain(wait: Callable[[], None]) -> list[Tensor]:
+        state, y, outs = inputs["conv_state"].clone(), inputs["x"], []
+        for _ in range(40):
+            y = mamba_ops.norm_linear_conv(**inputs | {"x": y, "conv_state": state})[0]
+            wait()
+            outs.append(mamba_ops.norm_linear(inputs["x"], y)[0])
+            wait()
+            outs.append(mamba_ops.norm_linear(y, inputs["weight"], inputs["bias"], inputs["norm_weight"])[0])
+            y = outs[-1]
+            wait()
+        return [*outs, state]
+
+    for got, want in zip(chain(lambda: None), chain(torch.cuda.synchronize), strict=True):
+        assert torch.equal(got, want)
 
 
 @pytest.mark.parametrize(
@@ -347,8 +355,6 @@ def test_the_same_bits_every_run_and_in_a_graph(gpu: str) -> None:
         ({"norm_weight": torch.zeros(7)}, "norm_weight must be (k) = (8), got (7,)"),
         ({"bias": torch.zeros(4)}, "bias must be (n) = (5), got (4,)"),
         ({"eps": -1.0}, "eps must be >= 0, got -1"),
-        ({"prefetch": torch.zeros(4, dtype=torch.int32)}, "prefetch must be float32 or bfloat16 or"),
-        ({"prefetch": torch.zeros(4, 4).bfloat16().t()[:2]}, "prefetch must be contiguous"),
     ],
 )
 def test_bad_input(gpu: str, changes: Inputs, message: str) -> None:
@@ -365,10 +371,6 @@ def test_bad_input(gpu: str, changes: Inputs, message: str) -> None:
             {"conv_state": torch.zeros(3, 6, 4).bfloat16()},
             "conv_state must be (b, d, w - 1) = (3, 6, 3), got (3, 6, 4)",
         ),
-        (
-            {"conv_state": torch.zeros(1, 6, 3).bfloat16().expand(3, 6, 3)},
-            "conv_state is updated in place: every value needs memory of its own, got stride 0 in dim 0",
-        ),
         ({"conv_weight": torch.zeros(6, 5)}, "conv_weight must be (d, w) with w in 2..4, got (6, 5)"),
         ({"conv_bias": torch.zeros(5)}, "conv_bias must be (d) = (6), got (5,)"),
         (
@@ -381,3 +383,11 @@ def test_conv_bad_input(gpu: str, changes: Inputs, message: str) -> None:
     changes = {k: v.to(gpu) if torch.is_tensor(v) else v for k, v in changes.items()}
     with pytest.raises(RuntimeError, match="norm_linear_conv: " + re.escape(message)):
         conv_operator(**cases.norm_linear_conv(dtype=torch.bfloat16, device=gpu) | changes)
+
+
+def test_conv_state_that_rows_share(gpu: str) -> None:
+    inputs = cases.norm_linear_conv(dtype=torch.bfloat16, device=gpu)
+    shared = inputs["conv_state"][:1].expand(3, 6, 3)
+    message = "conv_state is updated in place: every value needs memory of its own, got stride 0 in dim 0"
+    with pytest.raises(RuntimeError, match="norm_linear_conv: " + message):
+        conv_operator(**inputs | {"conv_state": shared})

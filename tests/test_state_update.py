@@ -1,6 +1,7 @@
 """The one-token updates against the reference: outputs, states left behind, rows of a cache."""
 
 from collections.abc import Callable
+from itertools import product
 from typing import Any
 
 import pytest
@@ -36,9 +37,10 @@ def test_conv(
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_conv_in_whole_packs(device: str, dtype: torch.dtype, d: int, k: int, rows: int | None) -> None:
     """Kernels move channels that are contiguous and aligned in packs, also those of a wider row."""
-    for options in ((), CONV):
+    parameters = {dtype, torch.promote_types(dtype, torch.float32)}
+    for options, params in product(((), CONV), parameters):
         inputs = cases.causal_conv1d_update(
-            3, d, 4, k=k, rows=rows, options=options, dtype=dtype, params=dtype, device=device
+            3, d, 4, k=k, rows=rows, options=options, dtype=dtype, params=params, device=device
         )
         check("causal_conv1d_update", inputs)
         wide = torch.zeros(3, d + 24, dtype=dtype, device=device)
@@ -139,22 +141,6 @@ def test_layouts(device: str, dtype: torch.dtype, t: int | None, layout: str) ->
     check(OPERATOR, cases.selective_state_update(g=2, options=SCAN, **options))
     check("ssd_state_update", cases.ssd_state_update(options=SSD, **options))
     check("causal_conv1d_update", cases.causal_conv1d_update(k=5, options=CONV, **options))
-
-
-@pytest.mark.parametrize("b", [1, 17])
-def test_prefetch_changes_nothing(device: str, b: int) -> None:
-    """By all blocks of a small launch, and by the last ones of a larger one."""
-    inputs = cases.ssd_state_update(b, 64, 64, 16, options=SSD, dtype=torch.bfloat16, device=device)
-    expected_state = inputs["state"].clone()
-    expected = mamba_ops.ssd_state_update(**inputs | {"state": expected_state})
-    memory = torch.zeros(9 << 20, dtype=torch.bfloat16, device=device)
-    for part in (memory[:0], memory[3:9], memory[1:1000], memory):
-        state = inputs["state"].clone()
-        y = mamba_ops.ssd_state_update(**inputs | {"state": state}, prefetch=part)
-        assert torch.equal(y, expected) and torch.equal(state, expected_state)
-    assert not memory.any()
-    with pytest.raises(RuntimeError, match="ssd_state_update: prefetch must be contiguous"):
-        mamba_ops.ssd_state_update(**inputs, prefetch=memory[::2])
 
 
 def test_parameters_expanded_from_heads(device: str) -> None:

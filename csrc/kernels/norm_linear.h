@@ -8,7 +8,6 @@
 // x' is rounded before the norm's factor of its row multiplies the sums. CUDA only, in bfloat16.
 #pragma once
 #include "kernels/causal_conv1d.h"
-#include "kernels/prefetch.h"
 
 namespace mamba_ops {
 
@@ -29,8 +28,6 @@ struct NormLinear {
   View weight, bias;    // (n, k), (n)
   View y;               // (b, n), contiguous
   Conv conv;
-  Prefetch prefetch;
-  bool prefetch_first;  // beside the first columns of W; else once all of W has been asked for
 };
 
 // Returns nullptr, or what CUDA says went wrong; does not wait for the kernel.

@@ -3,7 +3,6 @@
 // dt x B^T, y = S C + D x.
 #pragma once
 #include "kernels/causal_conv1d.h"
-#include "kernels/prefetch.h"
 
 namespace mamba_ops {
 
@@ -49,13 +48,12 @@ struct SsdUpdateDims {
 
 struct SsdUpdate {
   SsdUpdateDims dims;
-  View state;         // (s, h, p, n)
-  View x, z, y;       // (b, t, h, p)
-  View dt;            // (b, t, h)
-  View A, dt_bias;    // (h)
-  View B, C;          // (b, t, g, n)
-  View D;             // (h, p)
-  Prefetch prefetch;  // CUDA only
+  View state;       // (s, h, p, n)
+  View x, z, y;     // (b, t, h, p)
+  View dt;          // (b, t, h)
+  View A, dt_bias;  // (h)
+  View B, C;        // (b, t, g, n)
+  View D;           // (h, p)
   StateRows rows;
 };
 

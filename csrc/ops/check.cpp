@@ -111,18 +111,6 @@ void Checker::device(const char* name, const Tensor& t) const {
     fail(op_, std::string(name) + " must be a dense (strided) tensor, got a sparse layout");
 }
 
-Prefetch Checker::prefetch(const OptTensor& memory) const {
-  if (!memory) return {};
-  float_type("prefetch", *memory);
-  that(memory->is_contiguous(), "prefetch must be contiguous");
-  const View v = view(*memory);
-  const int64_t size = v.dtype == DType::f64 ? 8 : v.dtype == DType::f32 ? 4 : 2;
-  const auto begin = reinterpret_cast<uintptr_t>(v.data);
-  const uintptr_t first = (begin + 15) / 16 * 16, end = (begin + uintptr_t(memory->numel()) * size) / 16 * 16;
-  if (first >= end) return {};
-  return {reinterpret_cast<const char*>(first), int64_t(end - first)};
-}
-
 ScalarType Checker::float_type(const char* name, const Tensor& x) const {
   device(name, x);
   dtype(name, x, {ScalarType::Float, ScalarType::BFloat16, ScalarType::Half, ScalarType::Double});

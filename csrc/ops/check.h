@@ -9,7 +9,6 @@
 #include <vector>
 
 #include "kernels/plan.h"
-#include "kernels/prefetch.h"
 #include "kernels/view.h"
 
 #ifndef STABLE_TORCH_ERROR_CODE_CHECK  // up to torch 2.11: an error without the failed call's own message
@@ -46,8 +45,6 @@ class Checker {
     dtype(name, t, allowed);
     shape(name, t, letters, dims);
   }
-  // What can be prefetched of the argument `prefetch`.
-  Prefetch prefetch(const OptTensor& memory) const;
   void that(bool ok, const std::string& message) const {
     if (!ok) fail(op_, message);
   }

@@ -104,13 +104,12 @@ STABLE_TORCH_LIBRARY(mamba_ops, m) {
   // x, residual, z, sum (b,k); norm_weight (k); weight (n,k); bias (n); y (b,n). CUDA, bfloat16.
   m.def(
       "norm_linear(Tensor x, Tensor? residual, Tensor? z, Tensor? norm_weight, Tensor weight, Tensor? bias, "
-      "float eps, bool norm_before_gate, Tensor? prefetch=None, bool prefetch_first=False) -> "
-      "(Tensor y, Tensor sum)");
+      "float eps, bool norm_before_gate) -> (Tensor y, Tensor sum)");
   // conv_state (b,d,w-1); conv_weight (d,w); conv_bias (d): of columns conv_begin to conv_begin + d - 1 of y
   m.def(
       "norm_linear_conv(Tensor x, Tensor? residual, Tensor? norm_weight, Tensor weight, Tensor? bias, "
-      "Tensor(a!) conv_state, Tensor conv_weight, Tensor? conv_bias, float eps, SymInt conv_begin, "
-      "Tensor? prefetch=None, bool prefetch_first=False) -> (Tensor y, Tensor sum)");
+      "Tensor(a!) conv_state, Tensor conv_weight, Tensor? conv_bias, float eps, SymInt conv_begin) "
+      "-> (Tensor y, Tensor sum)");
 
   // One token, or t of them; state_indices (b): rows of the state, negative for padding.
   // x (b,d[,t]); state (s,d,k); weight (d,w); bias (d)
@@ -128,7 +127,7 @@ STABLE_TORCH_LIBRARY(mamba_ops, m) {
       "ssd_state_update(Tensor(a!) state, Tensor x, Tensor dt, Tensor A, Tensor B, Tensor C, Tensor? D, "
       "Tensor? z, "
       "Tensor? dt_bias, Tensor? state_indices, bool dt_softplus, float dt_min, float dt_max, "
-      "bool A_is_log=False, Tensor? prefetch=None) -> Tensor");
+      "bool A_is_log=False) -> Tensor");
 }
 
 namespace mamba_ops {

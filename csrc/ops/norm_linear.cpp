@@ -36,8 +36,7 @@ NormLinear::Conv check_conv(const Checker& check, const Conv& conv, int64_t b, i
 
 std::tuple<Tensor, Tensor> run(const char* op, Tensor x, OptTensor residual, OptTensor z,
                                const OptTensor& norm_weight, Tensor weight, const OptTensor& bias, double eps,
-                               bool norm_before_gate, const Conv* conv, const OptTensor& prefetch,
-                               bool prefetch_first) {
+                               bool norm_before_gate, const Conv* conv) {
   const Checker check(op, x);
   const ScalarType type = x.scalar_type();
   check.dtype("x", x, {ScalarType::BFloat16});
@@ -71,9 +70,7 @@ std::tuple<Tensor, Tensor> run(const char* op, Tensor x, OptTensor residual, Opt
                        .weight = view(weight),
                        .bias = view(bias),
                        .y = view(y),
-                       .conv = conv ? check_conv(check, *conv, b, n) : NormLinear::Conv{},
-                       .prefetch = check.prefetch(prefetch),
-                       .prefetch_first = prefetch_first};
+                       .conv = conv ? check_conv(check, *conv, b, n) : NormLinear::Conv{}};
   params.norm.stride[1] = params.norm.stride[0];
   params.norm.stride[0] = 0;
 #ifdef USE_CUDA
@@ -88,19 +85,16 @@ std::tuple<Tensor, Tensor> run(const char* op, Tensor x, OptTensor residual, Opt
 }  // namespace
 
 std::tuple<Tensor, Tensor> norm_linear(Tensor x, OptTensor residual, OptTensor z, OptTensor norm_weight,
-                                       Tensor weight, OptTensor bias, double eps, bool norm_before_gate,
-                                       OptTensor prefetch, bool prefetch_first) {
-  return run("norm_linear", x, residual, z, norm_weight, weight, bias, eps, norm_before_gate, nullptr,
-             prefetch, prefetch_first);
+                                       Tensor weight, OptTensor bias, double eps, bool norm_before_gate) {
+  return run("norm_linear", x, residual, z, norm_weight, weight, bias, eps, norm_before_gate, nullptr);
 }
 
 std::tuple<Tensor, Tensor> norm_linear_conv(Tensor x, OptTensor residual, OptTensor norm_weight,
                                             Tensor weight, OptTensor bias, Tensor conv_state,
                                             Tensor conv_weight, OptTensor conv_bias, double eps,
-                                            int64_t conv_begin, OptTensor prefetch, bool prefetch_first) {
+                                            int64_t conv_begin) {
   const Conv conv = {conv_state, conv_weight, conv_bias, conv_begin};
-  return run("norm_linear_conv", x, residual, {}, norm_weight, weight, bias, eps, false, &conv, prefetch,
-             prefetch_first);
+  return run("norm_linear_conv", x, residual, {}, norm_weight, weight, bias, eps, false, &conv);
 }
 
 }  // namespace mamba_ops

@@ -35,12 +35,11 @@ std::tuple<Tensor, Tensor, Tensor> add_rms_norm_bwd(Tensor dy, OptTensor dsum, T
                                                     double eps);
 
 std::tuple<Tensor, Tensor> norm_linear(Tensor x, OptTensor residual, OptTensor z, OptTensor norm_weight,
-                                       Tensor weight, OptTensor bias, double eps, bool norm_before_gate,
-                                       OptTensor prefetch, bool prefetch_first);
+                                       Tensor weight, OptTensor bias, double eps, bool norm_before_gate);
 std::tuple<Tensor, Tensor> norm_linear_conv(Tensor x, OptTensor residual, OptTensor norm_weight,
                                             Tensor weight, OptTensor bias, Tensor conv_state,
                                             Tensor conv_weight, OptTensor conv_bias, double eps,
-                                            int64_t conv_begin, OptTensor prefetch, bool prefetch_first);
+                                            int64_t conv_begin);
 
 Tensor causal_conv1d_update(Tensor x, Tensor state, Tensor weight, OptTensor bias, OptTensor state_indices,
                             bool silu);
@@ -49,7 +48,7 @@ Tensor selective_state_update(Tensor state, Tensor u, Tensor delta, Tensor A, Te
                               bool delta_softplus);
 Tensor ssd_state_update(Tensor state, Tensor x, Tensor dt, Tensor A, Tensor B, Tensor C, OptTensor D,
                         OptTensor z, OptTensor dt_bias, OptTensor state_indices, bool dt_softplus,
-                        double dt_min, double dt_max, bool A_is_log, OptTensor prefetch);
+                        double dt_min, double dt_max, bool A_is_log);
 
 std::tuple<Tensor, Tensor> ssd_fwd(Tensor x, Tensor dt, Tensor A, Tensor B, Tensor C, OptTensor D,
                                    OptTensor z, OptTensor dt_bias, OptTensor initial_state, OptTensor seq_idx,

@@ -221,7 +221,7 @@ Tensor selective_state_update(Tensor state, Tensor u, Tensor delta, Tensor A, Te
 
 Tensor ssd_state_update(Tensor state, Tensor x, Tensor dt, Tensor A, Tensor B, Tensor C, OptTensor D,
                         OptTensor z, OptTensor dt_bias, OptTensor state_indices, bool dt_softplus,
-                        double dt_min, double dt_max, bool A_is_log, OptTensor prefetch) {
+                        double dt_min, double dt_max, bool A_is_log) {
   const Checker check("ssd_state_update", x);
   const ScalarType type = check.float_type("x", x);
   const bool tokens = has_tokens(check, "x", x, 3, "(b, h, p) or (b, t, h, p)");
@@ -266,7 +266,6 @@ Tensor ssd_state_update(Tensor state, Tensor x, Tensor dt, Tensor A, Tensor B, T
                    .B = with_tokens(view(B)),
                    .C = with_tokens(view(C)),
                    .D = D ? reordered(view(*D), {0, D->dim() == 2 ? 1 : -1}) : View{},
-                   .prefetch = check.prefetch(prefetch),
                    .rows = nullptr};
   update(check, params, x, state, state_indices, [&] {
     by_arithmetic(wider(state, type), [&]<class R>() {

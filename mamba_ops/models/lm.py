@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from ..add_norm import add_rms_norm
 from ..nn import Attention, AttentionCache, Cache, GatedMLP, LayerCache, Mamba, Mamba2, RMSNormGated
 from ..nn.init import Device
-from ..nn.token import project, weight_of
+from ..nn.token import project
 from .config import LAYERS, LMConfig
 from .state import ModelCache
 
@@ -24,14 +24,12 @@ class Pass:
         cache: states to continue from and update; None: none.
         seq_idx, cu_seqlens: of a sequence; see LanguageModel.forward.
         one_token: the activations are (b, d_model), and the layers step.
-        following: what is read behind the blocks, to be prefetched by a step.
     """
 
     cache: ModelCache | None = None
     seq_idx: Tensor | None = None
     cu_seqlens: Tensor | None = None
     one_token: bool = False
-    following: Tensor | None = None
 
     def check_room(self, l: int) -> None:
         """Raises where l tokens a row, or those of the pack, do not fit: before any state has changed."""
@@ -112,22 +110,12 @@ class Block(nn.Module):
             self.mlp = GatedMLP(d, config.d_intermediate, device=device, dtype=dtype)
 
     def forward(
-        self,
-        out: Tensor | None,
-        stream: Tensor,
-        shared: Tensor | None,
-        way: Pass,
-        cache: Cache | None,
-        following: Tensor | None = None,
+        self, out: Tensor | None, stream: Tensor, shared: Tensor | None, way: Pass, cache: Cache | None
     ) -> tuple[Tensor, Tensor]:
-        """From the last layer's output and the stream without it to the same after this block.
-
-        following: the weight that is read next, to be prefetched by a step.
-        """
+        """From the last layer's output and the stream without it to the same after this block."""
         fused, mixer = None, self.mixer
         if way.one_token and shared is None and out is not None and type(mixer) in LAYERS.values():
-            following = weight_of(self.mlp.fc1) if self.has_mlp else following
-            fused = mixer.step_fused(out, cache, self.norm, stream, following)  # type: ignore[operator, arg-type]
+            fused = mixer.step_fused(out, cache, self.norm, stream)  # type: ignore[operator, arg-type]
         if fused is not None:
             out, stream = fused
         elif shared is None:
@@ -161,17 +149,12 @@ class Backbone(nn.Module):
             stream = stream.to(torch.promote_types(stream.dtype, torch.float32))
         embedded, cache = stream, way.cache
         out: Tensor | None = None
-        mixers = [block.mixer for block in self.layers[1:]] if way.one_token else []
-        ahead = [weight_of(mixer.in_proj) for mixer in mixers]  # type: ignore[union-attr, arg-type]
         for i, block in enumerate(self.layers):
             shared = None
             if i in self.config.shared_layer_idx:
                 out, stream = None, stream if out is None else stream + out
                 shared = self.shared(stream, embedded, way, None if cache is None else cache.shared[i])
-            following = ahead[i] if i < len(ahead) else way.following
-            out, stream = block(
-                out, stream, shared, way, None if cache is None else cache.mixers[i], following
-            )
+            out, stream = block(out, stream, shared, way, None if cache is None else cache.mixers[i])
         return self.norm_f.add(out, stream)[0]
 
 
@@ -240,8 +223,7 @@ class LanguageModel(nn.Module):
     @torch.no_grad()
     def step(self, tokens: Tensor, cache: ModelCache) -> Tensor:
         """One token a row: tokens (b,), cache updated in place. Returns logits (b, vocab_size)."""
-        way = Pass(cache, one_token=True, following=weight_of(self.lm_head))
-        return project(self.lm_head, self.backbone(tokens, way))
+        return project(self.lm_head, self.backbone(tokens, Pass(cache, one_token=True)))
 
     def allocate_cache(
         self,

@@ -16,7 +16,7 @@ from ..state_update import causal_conv1d_update, selective_state_update
 from .cache import LayerCache, carry, check_sequence, decay_rate, initial_state, state_dtype_of
 from .init import Device, depthwise_conv, no_weight_decay, random_step_bias
 from .norm import RMSNormGated
-from .token import is_plain, project, project_and_convolve, token_rows, weight_of
+from .token import is_plain, project, project_and_convolve, token_rows
 
 
 class Mamba(nn.Module):
@@ -230,7 +230,6 @@ class Mamba(nn.Module):
         cache: LayerCache,
         norm: RMSNormGated | None = None,
         residual: Tensor | None = None,
-        following: Tensor | None = None,
     ) -> tuple[Tensor, Tensor] | None:
         """`step` of norm(residual + x), or of x without norm, in fewer launches; None where it takes more.
 
@@ -243,16 +242,13 @@ class Mamba(nn.Module):
             cache.conv_state,
             norm=norm,
             residual=residual,
-            prefetch=weight_of(self.out_proj),
         )
         if fused is None:
             return None
         u, z = fused[0].chunk(2, dim=-1)
-        return self._step_convolved(u, z, cache, following), fused[1]
+        return self._step_convolved(u, z, cache), fused[1]
 
-    def _step_convolved(
-        self, u: Tensor, z: Tensor, cache: LayerCache, following: Tensor | None = None
-    ) -> Tensor:
+    def _step_convolved(self, u: Tensor, z: Tensor, cache: LayerCache) -> Tensor:
         """What `step` does behind the convolution. Returns (b, d_model)."""
         dt, B, C = torch.split(project(self.x_proj, u), [self.dt_rank, self.d_state, self.d_state], dim=-1)
         delta, delta_bias = self._raw_steps(dt)
@@ -268,7 +264,7 @@ class Mamba(nn.Module):
             delta_bias,
             True,
         )
-        return project(self.out_proj, y, following)
+        return project(self.out_proj, y)
 
     def allocate_cache(
         self,

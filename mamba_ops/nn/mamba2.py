@@ -17,7 +17,7 @@ from ..state_update import causal_conv1d_update, ssd_state_update
 from .cache import LayerCache, carry, check_sequence, decay_rate, initial_state, state_dtype_of
 from .init import Device, depthwise_conv, no_weight_decay, random_step_bias
 from .norm import RMSNormGated
-from .token import is_plain, norm_and_project, project, project_and_convolve, token_rows, weight_of
+from .token import is_plain, norm_and_project, project, project_and_convolve, token_rows
 
 
 class Mamba2(nn.Module):
@@ -245,7 +245,7 @@ class Mamba2(nn.Module):
                 B,
                 C,
                 self._skip(),
-                self._scan_gate(z),
+                None if self.rmsnorm else self._by_head(z),
                 self.dt_bias,
                 True,
                 self.dt_limit,
@@ -269,8 +269,7 @@ class Mamba2(nn.Module):
         xBC = causal_conv1d_update(
             xBC, cache.conv_state, self.conv1d.weight.squeeze(1), self.conv1d.bias, "silu"
         )
-        prefetch = weight_of(self.out_proj) if x.is_cuda else None
-        return self._step_convolved(mlp, z, xBC, dt, cache, prefetch).reshape(x.shape)
+        return self._step_convolved(mlp, z, xBC, dt, cache).reshape(x.shape)
 
     def step_fused(
         self,
@@ -278,7 +277,6 @@ class Mamba2(nn.Module):
         cache: LayerCache,
         norm: RMSNormGated | None = None,
         residual: Tensor | None = None,
-        following: Tensor | None = None,
     ) -> tuple[Tensor, Tensor] | None:
         """`step` of norm(residual + x), or of x without norm, in three launches; None where it takes more.
 
@@ -286,7 +284,6 @@ class Mamba2(nn.Module):
             x: (b, d_model).
             cache: b rows, updated in place.
             norm, residual: what stands before the layer.
-            following: the weight that the launch behind the layer reads, to be prefetched.
 
         Returns:
             The layer's output (b, d_model), and residual + x, or x.
@@ -299,28 +296,18 @@ class Mamba2(nn.Module):
             begin=2 * self.d_mlp + self.d_ssm,
             norm=norm,
             residual=residual,
-            prefetch=weight_of(self.out_proj),
         )
         if fused is None:
             return None
         *mlp, z, xBC, dt = torch.split(fused[0], self._split, dim=-1)
-        return self._step_convolved(mlp, z, xBC, dt, cache, None, following), fused[1]
+        return self._step_convolved(mlp, z, xBC, dt, cache), fused[1]
 
     def _step_convolved(
-        self,
-        mlp: Sequence[Tensor],
-        z: Tensor,
-        xBC: Tensor,
-        dt: Tensor,
-        cache: LayerCache,
-        prefetch: Tensor | None,
-        following: Tensor | None = None,
+        self, mlp: Sequence[Tensor], z: Tensor, xBC: Tensor, dt: Tensor, cache: LayerCache
     ) -> Tensor:
-        """What `step` does behind the convolution. Returns (b, d_model).
-
-        prefetch, following: the weights to be prefetched by the state update, and by the launch of out_proj.
-        """
+        """What `step` does behind the convolution. Returns (b, d_model)."""
         inner, B, C = self._heads(xBC)
+        gates = not self.rmsnorm or (is_plain(self.norm, RMSNormGated) and not self.norm.norm_before_gate)
         y = ssd_state_update(
             cache.ssm_state,
             inner,
@@ -329,18 +316,18 @@ class Mamba2(nn.Module):
             B,
             C,
             self._skip(),
-            self._scan_gate(z),
+            self._by_head(z) if gates else None,
             self.dt_bias,
             True,
             self.dt_limit,
             A_is_log=True,
-            prefetch=prefetch,
         )
+        gate = None if gates else z
         if self.rmsnorm and not mlp:
-            out = norm_and_project(self.norm, self.out_proj, y.flatten(-2), z=z, prefetch=following)
+            out = norm_and_project(self.norm, self.out_proj, y.flatten(-2), gate)
             if out is not None:
                 return out
-        return project(self.out_proj, self._gated(y, z, mlp))
+        return project(self.out_proj, self._gated(y, gate, mlp))
 
     def allocate_cache(
         self,
@@ -389,12 +376,12 @@ class Mamba2(nn.Module):
         """D as the operators take it: (h,) or (h, p)."""
         return self.D.view(-1, self.headdim) if self.D_has_hdim else self.D
 
-    def _scan_gate(self, z: Tensor) -> Tensor | None:
-        """z (..., h, p) where no norm follows, so that the scan itself applies it."""
-        return None if self.rmsnorm else z.view(*z.shape[:-1], self.nheads, self.headdim)
+    def _by_head(self, z: Tensor) -> Tensor:
+        """z (..., h, p), as the scan takes it."""
+        return z.view(*z.shape[:-1], self.nheads, self.headdim)
 
-    def _gated(self, y: Tensor, z: Tensor, mlp: Sequence[Tensor]) -> Tensor:
-        """Norm and gate of y (..., h, p), and the MLP part beside it: (..., d_inner)."""
+    def _gated(self, y: Tensor, z: Tensor | None, mlp: Sequence[Tensor]) -> Tensor:
+        """Norm of y (..., h, p), its gate z if the scan has not applied it, and the MLP part beside it."""
         y = y.flatten(-2)
         if self.rmsnorm:
             y = self.norm(y, z)

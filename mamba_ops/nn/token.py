@@ -12,10 +12,6 @@ from .norm import RMSNormGated
 
 M = TypeVar("M", bound=nn.Module)
 
-# Of the next layer's first weight, what an H100's memory delivers while this layer's last launch runs, and
-# what its L2 cache of 50 MB keeps beside that launch's own weight.
-PREFETCH_BYTES = 20 << 20
-
 
 def token_rows(name: str, x: Tensor, d_model: int) -> Tensor:
     """x, which must be (b, d_model) or (b, 1, d_model), as (b, d_model)."""
@@ -30,16 +26,8 @@ def is_plain(module: nn.Module, kind: type[M]) -> TypeGuard[M]:
     return type(module) is kind and not any(hooks) and not module._backward_pre_hooks
 
 
-def weight_of(linear: nn.Module) -> Tensor | None:
-    """The weight of a plain projection, for `prefetch`."""
-    return linear.weight if is_plain(linear, nn.Linear) and linear.weight.is_contiguous() else None
-
-
-def _fuses(linear: nn.Module, x: Tensor) -> TypeGuard[nn.Linear]:
-    return is_plain(linear, nn.Linear) and linear.weight.dtype == x.dtype and fuses(x)
-
-
-def _norm_fuses(norm: RMSNormGated, x: Tensor) -> bool:
+def _norm_fits(norm: RMSNormGated, x: Tensor) -> bool:
+    """Whether norm does what norm_linear does before its product."""
     return (
         is_plain(norm, type(norm))
         and norm.weight.dtype in (x.dtype, torch.float32)
@@ -47,32 +35,14 @@ def _norm_fuses(norm: RMSNormGated, x: Tensor) -> bool:
     )
 
 
-def norm_and_project(
-    norm: RMSNormGated,
-    linear: nn.Module,
-    x: Tensor,
-    *,
-    z: Tensor,
-    prefetch: Tensor | None = None,
-) -> Tensor | None:
-    """norm_linear by two modules for x and its gate z (b, k), without autograd, whose weight was prefetched;
-    None where it would not be one launch.
-
-    prefetch: a weight that the launches behind this one read; of its rows, what comes in while this one runs.
-    """
-    if not (_fuses(linear, x) and _norm_fuses(norm, x)):
+def norm_and_project(norm: RMSNormGated, linear: nn.Module, x: Tensor, z: Tensor | None) -> Tensor | None:
+    """norm_linear by two modules for x and its gate z (b, k) on a GPU, without autograd; None where they do
+    more."""
+    if not (x.is_cuda and is_plain(linear, nn.Linear) and _norm_fits(norm, x)):
         return None
-    return norm_linear(
-        x,
-        linear.weight,
-        linear.bias,
-        norm.weight,
-        z=z,
-        eps=norm.eps,
-        norm_before_gate=norm.norm_before_gate,
-        prefetch=_first_rows(prefetch),
-        prefetch_first=True,
-    )[0]
+    before = norm.norm_before_gate
+    y, _ = norm_linear(x, linear.weight, linear.bias, norm.weight, z=z, eps=norm.eps, norm_before_gate=before)
+    return y
 
 
 def project_and_convolve(
@@ -84,10 +54,11 @@ def project_and_convolve(
     begin: int = 0,
     norm: RMSNormGated | None = None,
     residual: Tensor | None = None,
-    prefetch: Tensor | None = None,
 ) -> tuple[Tensor, Tensor] | None:
     """norm_linear_conv by modules for x (b, k), without autograd; None where it would not be one launch."""
-    if not (_fuses(linear, x) and (norm is None or _norm_fuses(norm, x))):
+    if not (is_plain(linear, nn.Linear) and linear.weight.dtype == x.dtype and fuses(x)):
+        return None
+    if not (norm is None or _norm_fits(norm, x)):
         return None
     if conv_state.dtype != x.dtype or conv.weight.dtype not in (x.dtype, torch.float32):
         return None
@@ -102,28 +73,19 @@ def project_and_convolve(
         begin=begin,
         residual=residual,
         eps=1e-5 if norm is None else norm.eps,
-        prefetch=prefetch,
     )
 
 
-def _first_rows(weight: Tensor | None) -> Tensor | None:
-    """Of a weight (n, k) the first PREFETCH_BYTES, at least a row."""
-    if weight is None:
-        return None
-    return weight[: max(1, PREFETCH_BYTES // (weight.shape[1] * weight.element_size()))]
-
-
-def project(linear: nn.Module, x: Tensor, prefetch: Tensor | None = None) -> Tensor:
-    """linear(x) for x (b, k), without autograd; prefetch: see norm_and_project.
+def project(linear: nn.Module, x: Tensor) -> Tensor:
+    """linear(x) for x (b, k), without autograd.
 
     torch multiplies one to three float32 rows on the CPU by a matrix-vector routine of one thread, at a
     quarter of the memory's speed (torch 2.15 with MKL, two cores of an AMD EPYC: 2.1 ms for 30 MB of
-    weights). As a batch of row blocks of the weight the same product runs on every thread (0.45 ms). Few rows
-    on a GPU go by norm_linear.
+    weights). As a batch of row blocks of the weight the same product runs on every thread (0.45 ms). On a GPU
+    norm_linear knows what to do with few rows.
     """
-    if _fuses(linear, x):
-        prefetch = _first_rows(prefetch)
-        return norm_linear(x, linear.weight, linear.bias, prefetch=prefetch, prefetch_first=True)[0]
+    if is_plain(linear, nn.Linear) and x.is_cuda:
+        return norm_linear(x, linear.weight, linear.bias)[0]
     if (
         not is_plain(linear, nn.Linear)
         or not 1 <= x.shape[0] <= 3

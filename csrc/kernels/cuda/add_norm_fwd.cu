@@ -8,6 +8,7 @@
 
 #include "kernels/add_norm.h"
 #include "kernels/cuda/block_sums.cuh"
+#include "kernels/cuda/launch.cuh"
 #include "kernels/cuda/load_store.cuh"
 
 namespace mamba_ops {
@@ -28,6 +29,7 @@ __global__ void __launch_bounds__(kMaxThreads) add_rms_norm(const AddNorm p, con
   const S* residual = static_cast<const S*>(p.residual.data) + begin;
   S* s = static_cast<S*>(p.sum.data) + begin;
   T* y = static_cast<T*>(p.y.data) + begin;
+  overlap();
   R v[kPack], squares[1] = {};
   for (int64_t i = threadIdx.x * kPack; i < d; i += step) {
     const auto added = load_pack<kPack>(x + i, 1, d - i, vector);
@@ -66,7 +68,8 @@ const char* add_rms_norm_cuda(const AddNorm& p, void* cuda_stream) {
     const int64_t packs = (p.d + kPack - 1) / kPack;
     const int threads = int(std::min<int64_t>((packs + 31) / 32 * 32, kMaxThreads));
     const auto kernel = p.residual.dtype == p.x.dtype ? add_rms_norm<T, T> : add_rms_norm<T, Real<T>>;
-    kernel<<<unsigned(p.rows), threads, 0, static_cast<cudaStream_t>(cuda_stream)>>>(p, vector);
+    launch_overlapped(kernel, unsigned(p.rows), threads, 0, static_cast<cudaStream_t>(cuda_stream), p,
+                      vector);
     return launch_error();
   });
 }

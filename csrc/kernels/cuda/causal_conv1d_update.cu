@@ -1,13 +1,16 @@
 // One token, or a few, of the causal convolution, with the state in place (math: kernels/causal_conv1d.h).
 //
-// One token of four taps, whose tensors have one type and lie in whole packs of 16 bytes: a thread owns a
-// pack of channels of one batch row, and asks for its inputs, states and weights at once, 16 bytes at a time.
+// One token of four taps, whose tensors have one type (weight and bias may be float32) and lie in whole packs
+// of 16 bytes: a thread owns a pack of channels of one batch row, and asks for its inputs, states and weights
+// at once, 16 bytes at a time. Where there are few, a block is a warp: more multiprocessors have a share.
 // Anything else: a thread owns a channel of one batch row, keeps the last w - 1 inputs in registers, walks
 // the tokens, and moves the state on. Nothing is shared, no value is summed by two threads: bitwise
 // repeatable. A call moves a few bytes per channel: the launch is what it costs, and one latency of the
 // memory.
 #include <algorithm>
 
+#include "kernels/cuda/device.h"
+#include "kernels/cuda/launch.cuh"
 #include "kernels/cuda/state_rows.cuh"
 #include "kernels/state_update.h"
 
@@ -17,7 +20,7 @@ namespace gpu {
 
 namespace {
 
-constexpr int kThreads = 128;
+constexpr int kThreads = 128, kFewThreads = 32;
 
 // ---- Packs of 16 bytes
 
@@ -40,18 +43,19 @@ struct Packs {
   }
 };
 
-// kSeen: k of the state.
-template <class T, int kSeen>
+// W: of weight and bias. kSeen: k of the state.
+template <class T, class W, int kSeen>
 __global__ void __launch_bounds__(kThreads) conv_packs(const ConvUpdate p, const DeviceRows rows) {
-  constexpr int kPack = 16 / sizeof(T), kTaps = kConvMaxWidth;
+  constexpr int kPack = 16 / sizeof(T), kTaps = kConvMaxWidth, kWide = sizeof(W) / sizeof(T);
   const ConvDims& dims = p.conv.dims;
-  const int64_t c = (int64_t(blockIdx.x) * kThreads + threadIdx.x) * kPack;
+  const int64_t c = (int64_t(blockIdx.x) * blockDim.x + threadIdx.x) * kPack;
   const bool inside = c < dims.d;  // whole warps look for their rows
-  Packs<T, kTaps> weight = {};
-  Packs<T, 1> bias = {};
+  overlap();
+  Packs<W, kTaps * kWide> weight = {};
+  Packs<W, kWide> bias = {};
   if (inside) {
-    weight.load(static_cast<const T*>(p.conv.weight.data) + c * kTaps);
-    if (p.conv.bias.data) bias.load(static_cast<const T*>(p.conv.bias.data) + c);
+    weight.load(static_cast<const W*>(p.conv.weight.data) + c * kTaps);
+    if (p.conv.bias.data) bias.load(static_cast<const W*>(p.conv.bias.data) + c);
   }
 
   const auto output = [&](int64_t b) { return static_cast<T*>(p.conv.y.data) + b * p.conv.y.stride[0] + c; };
@@ -86,17 +90,20 @@ __global__ void __launch_bounds__(kThreads) conv_packs(const ConvUpdate p, const
   for_rows(rows, dims.b, update, fill);
 }
 
-template <class T>
+template <class T, class W>
 bool packs_fit(const ConvUpdate& p, const DeviceRows& rows) {
   constexpr int kPack = 16 / sizeof(T);
   const ConvDims& dims = p.conv.dims;
   const View &x = p.conv.x, &y = p.conv.y, &weight = p.conv.weight, &bias = p.conv.bias, &state = p.state;
   const auto fits = [&](const View& v) { return v.dtype == x.dtype && packs_align(v, 1, {dims.b}, kPack); };
+  const auto is_parameter = [&](const View& v, int dim) {
+    return v.dtype == (std::is_same_v<W, T> ? x.dtype : DType::f32) &&
+           packs_align(v, dim, {}, 16 / sizeof(W));
+  };
   return dims.l == 1 && dims.w == kConvMaxWidth && (p.k == dims.w || p.k == dims.w - 1) &&
-         dims.d % kPack == 0 && fits(x) && fits(y) && weight.dtype == x.dtype && weight.stride[0] == dims.w &&
-         packs_align(weight, 1, {}, kPack) &&
-         (!bias.data || (bias.dtype == x.dtype && packs_align(bias, 0, {}, kPack))) &&
-         state.dtype == x.dtype && state.stride[1] == p.k && packs_align(state, 2, {rows.states}, kPack);
+         dims.d % kPack == 0 && fits(x) && fits(y) && weight.stride[0] == dims.w && is_parameter(weight, 1) &&
+         (!bias.data || is_parameter(bias, 0)) && state.dtype == x.dtype && state.stride[1] == p.k &&
+         packs_align(state, 2, {rows.states}, kPack);
 }
 
 // ---- Anything else
@@ -107,6 +114,7 @@ __global__ void __launch_bounds__(kThreads) conv_any(const ConvUpdate p, const D
   const View &x = p.conv.x, &y = p.conv.y, &state = p.state, &weights = p.conv.weight;
   const int64_t c = int64_t(blockIdx.x) * kThreads + threadIdx.x;
   const bool inside = c < dims.d;  // whole warps look for their rows
+  overlap();
   R weight[kConvMaxWidth] = {}, bias = 0;
 #pragma unroll
   for (int k = 0; k < kConvMaxWidth; ++k)
@@ -156,17 +164,23 @@ const char* state_update_cuda(const ConvUpdate& p, const DeviceRows& rows, void*
   const ConvDims& dims = p.conv.dims;
   if (dims.b * dims.d == 0) return nullptr;
   const cudaStream_t stream = static_cast<cudaStream_t>(cuda_stream);
-  const auto grid = [&](int64_t channels) {
-    return dim3(unsigned((channels + kThreads - 1) / kThreads), 1,
-                unsigned(std::min<int64_t>(dims.b, 65535)));
+  const auto grid = [&](int64_t owners, int threads) {
+    return dim3(unsigned((owners + threads - 1) / threads), 1, unsigned(std::min<int64_t>(dims.b, 65535)));
   };
   by_storage(p.conv.x.dtype, [&]<class T>() {
-    if (packs_fit<T>(p, rows)) {
-      const auto kernel = p.k == dims.w ? conv_packs<T, kConvMaxWidth> : conv_packs<T, kConvMaxWidth - 1>;
-      kernel<<<grid(dims.d / (16 / sizeof(T))), kThreads, 0, stream>>>(p, rows);
-    } else {
-      conv_any<Real<T>><<<grid(dims.d), kThreads, 0, stream>>>(p, rows);
-    }
+    const auto in_packs = [&]<class W>() {
+      if (!packs_fit<T, W>(p, rows)) return false;
+      const auto kernel =
+          p.k == dims.w ? conv_packs<T, W, kConvMaxWidth> : conv_packs<T, W, kConvMaxWidth - 1>;
+      const int64_t owners = dims.d / (16 / sizeof(T));
+      const int threads = dims.b * owners < kThreads * multiprocessors() ? kFewThreads : kThreads;
+      launch_overlapped(kernel, grid(owners, threads), threads, 0, stream, p, rows);
+      return true;
+    };
+    if (in_packs.template operator()<T>()) return;
+    if constexpr (sizeof(T) == 2)
+      if (in_packs.template operator()<float>()) return;
+    launch_overlapped(conv_any<Real<T>>, grid(dims.d, kThreads), kThreads, 0, stream, p, rows);
   });
   return launch_error();
 }

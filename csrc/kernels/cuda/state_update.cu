@@ -18,7 +18,7 @@
 #include <climits>
 
 #include "kernels/cuda/bits.cuh"
-#include "kernels/cuda/prefetch.cuh"
+#include "kernels/cuda/launch.cuh"
 #include "kernels/cuda/state_rows.cuh"
 #include "kernels/state_update.h"
 
@@ -40,7 +40,6 @@ struct Update {
   View A;            // (h, p, n)
   View dt_bias, D;   // (h, p)
   View B, C;         // (b, t, g, n)
-  Prefetch prefetch;
 };
 
 Update as_update(const ScanUpdate& s) {
@@ -78,8 +77,7 @@ Update as_update(const ScanUpdate& s) {
           .dt_bias = each(s.delta_bias),
           .D = each(s.D),
           .B = groups(s.B),
-          .C = groups(s.C),
-          .prefetch = {}};
+          .C = groups(s.C)};
 }
 
 Update as_update(const SsdUpdate& s) {
@@ -108,8 +106,7 @@ Update as_update(const SsdUpdate& s) {
           .dt_bias = by_head(s.dt_bias, 1),
           .D = s.D,
           .B = s.B,
-          .C = s.C,
-          .prefetch = s.prefetch};
+          .C = s.C};
 }
 
 __device__ inline int64_t offset(const View& v, int64_t i, int64_t j, int64_t k, int64_t l) {
@@ -126,22 +123,6 @@ __device__ inline R step_size(const Update& p, R dt, R bias) {
 template <class R>
 __device__ inline R rate_of(const Update& p, R A) {
   return p.A_is_log ? -exp(A) : A;
-}
-
-// For the end of a kernel: its last blocks ask for all of it. What others asked for, their states would drive
-// out of the cache again.
-__device__ inline void prefetch_at_end(const Prefetch& memory) {
-  constexpr int64_t kBlocks = 1024;
-  if (memory.bytes == 0) return;
-  const int64_t blocks = int64_t(gridDim.x) * gridDim.y * gridDim.z, last = min(blocks, kBlocks),
-                mine =
-                    (int64_t(blockIdx.z) * gridDim.y + blockIdx.y) * gridDim.x + blockIdx.x - (blocks - last);
-  const int warps = blockDim.x / 32, warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-  if (mine < 0) return;
-#pragma unroll 1
-  for (int64_t at = (mine * warps + warp) * kPrefetchPiece; at < memory.bytes;
-       at += last * warps * kPrefetchPiece)
-    prefetch_piece(memory.data + at, int(min(kPrefetchPiece, memory.bytes - at)), lane);
 }
 
 // ---- Packs of 16 bytes
@@ -174,6 +155,7 @@ __global__ void __launch_bounds__(kThreads, !kOneToken  ? 4
   const int64_t own_row = block_row + threadIdx.x;
   const auto group_of = [&](int64_t heads) { return heads == p.h ? 0 : head / unsigned(heads); };
   const int64_t group_B = group_of(p.heads_per_B), group_C = group_of(p.heads_per_C);
+  overlap();
   uint32_t bias_bits = 0, A_bits = 0, D_bits = 0;
   if (owner) {
     const auto bits = [&](const View& v) { return load_bits(v, head * v.stride[0] + own_row * v.stride[1]); };
@@ -273,7 +255,6 @@ __global__ void __launch_bounds__(kThreads, !kOneToken  ? 4
       static_cast<T*>(p.y.data)[offset(p.y, b, t, head, own_row)] = from_real<T>(value);
   };
   for_rows(rows, p.b, update, fill);
-  prefetch_at_end(p.prefetch);
 }
 
 // ---- Anything else
@@ -285,6 +266,7 @@ __global__ void __launch_bounds__(kThreads) update_any(const Update p, const Dev
   extern __shared__ double s_memory[];
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, warps = blockDim.x / 32;
   const int64_t line = int64_t(blockIdx.x) * warps + warp, head = line / p.p, row = line % p.p;
+  overlap();
   if (head >= p.h) return;
   R* s_state = reinterpret_cast<R*>(s_memory) + warp * p.n * kParts;
   const int64_t group_B = head / p.heads_per_B, group_C = head / p.heads_per_C;
@@ -331,7 +313,6 @@ __global__ void __launch_bounds__(kThreads) update_any(const Update p, const Dev
     for (int64_t t = lane; t < p.t; t += 32) store_one(p.y, offset(p.y, b, t, head, row), value);
   };
   for_rows(rows, p.b, update, fill);
-  prefetch_at_end(p.prefetch);
 }
 
 // ---- Launches
@@ -369,7 +350,7 @@ const char* launch_packs(const Update& p, const DeviceRows& rows, cudaStream_t s
                            : update_packs<T, S, false, false, kPacks>);
   };
   const auto kernel = packs == 1 ? kernel_of.template operator()<1>() : kernel_of.template operator()<2>();
-  kernel<<<grid(blocks, p.h, p), kThreads, 0, stream>>>(p, teams, rows);
+  launch_overlapped(kernel, grid(blocks, p.h, p), kThreads, 0, stream, p, teams, rows);
   return launch_error();
 }
 
@@ -380,7 +361,7 @@ const char* launch_any(const Update& p, const DeviceRows& rows, cudaStream_t str
   const int64_t blocks = (p.h * p.p + warps - 1) / warps;
   if (blocks > INT_MAX) return "more rows than one launch may have";
   const auto kernel = p.complex ? update_any<R, true> : update_any<R, false>;
-  kernel<<<grid(blocks, 1, p), unsigned(32 * warps), size_t(warps * bytes), stream>>>(p, rows);
+  launch_overlapped(kernel, grid(blocks, 1, p), unsigned(32 * warps), size_t(warps * bytes), stream, p, rows);
   return launch_error();
 }
 
