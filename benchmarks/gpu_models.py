@@ -213,11 +213,12 @@ def _mamba_ssm_token(inputs: Inputs) -> Run:
     from mamba_ssm.utils.generation import update_graph_cache
 
     cache = update_graph_cache(model, None, len(tokens), seqlen_og=1, max_seqlen=2048)
+    model.decoding_cache = cache  # the graph alone does not keep the weights that it reads
     positions = torch.ones_like(tokens)
 
     @torch.inference_mode()
     def run() -> Results:
-        return {"logits": cache.run(tokens, positions, 1)[:, 0]}
+        return {"logits": model.decoding_cache.run(tokens, positions, 1)[:, 0]}
 
     with torch.inference_mode():
         for states in cache.inference_params.key_value_memory_dict.values():
