@@ -11,8 +11,8 @@
 //           kPairs = sum_j W_ij - sum_m W_mi;  skips = sum_i D_ii
 //   inputs  gX_j = e^{T - s_j} G B_j + sum_i P_ij dy_i;  dx_j = delta_j gX_j + skip dy_j
 //           kInput = x_j . gX_j;  kLeaving = delta_j x_j . e^{T - s_j} G B_j;  skips of D per channel
-//   edges   dB_j += delta_j e^{T - s_j} G^T x_j;  dC_i += e^{s_i} H^T dy_i;  after the last head what dCB
-//   adds
+//   edges   dB_j += delta_j e^{T - s_j} G^T x_j;  dC_i += e^{s_i} H^T dy_i, the weighted tokens as sums of
+//           two factors; after the last head what dCB adds
 //           kEntering = e^{s_i} dy_i . H C_i;  v = e^T <G, H> (half 0)
 //
 // The squares have rows j (the square of half 1 with half 0: rows i), and the sums over rows and columns come

@@ -26,8 +26,9 @@
 // Measured (b4 l4096 h80 p64 g1 bf16, D, dt bias, softplus; ms, medians, L2 flushed; in brackets x and y from
 // L2):
 //                           n = 128           gate              n = 64            b8 l2048 h24, n = 128
-//   H200 (4.2 TB/s)         0.133 (0.130)     0.174 (0.166)     0.117 (0.106)     0.052
-//   H100 (2.97 TB/s)        0.149 (0.130)     0.206 (0.170)     0.144 (0.107)     0.055
+//   H200 (4.2 TB/s)         0.136 (0.133)     0.178 (0.170)     0.117 (0.111)     0.054
+//   H100 (2.97 TB/s)        0.149 (0.130)     0.206 (0.170)     0.144 (0.107)     0.055   (w of one half)
+// w_j is the sum of two halves: one half costs y a fifth of its accuracy, and saves 2 %.
 // Bound: where memory is fast, the latency of the chain through a chunk. ncu (H100, n = 128): by count of
 // cycles tensor cores 47 %, issue slots 36 %, shared memory and L1 63 %; the same tiles of x and y copied in
 // the same order, and nothing else, take 0.124 ms there. Slabs and helpers wait for each other in turn: the
