@@ -7,6 +7,7 @@
 #include "build_config.h"
 #include "kernels/cpu/isa.h"
 #include "kernels/cuda/path.h"
+#include "kernels/norm_linear.h"
 #include "kernels/plan.h"
 #ifdef USE_CUDA
 #include "kernels/cuda/selective_scan.h"
@@ -45,8 +46,38 @@ using Plan = std::map<std::string, std::string>;
 
 const std::vector<std::string> kOperators = {"selective_scan",         "ssd",
                                              "causal_conv1d",          "rms_norm_gated",
-                                             "add_rms_norm",           "causal_conv1d_update",
+                                             "add_rms_norm",           "norm_linear",
+                                             "norm_linear_conv",       "causal_conv1d_update",
                                              "selective_state_update", "ssd_state_update"};
+const std::vector<std::string> kDtypes = {"float32", "float64",   "bfloat16",
+                                          "float16", "complex64", "complex128"};
+
+void check_name(const char* what, const std::string& name, const std::vector<std::string>& known) {
+  if (std::find(known.begin(), known.end(), name) != known.end()) return;
+  std::string list;
+  for (const std::string& each : known) list += (list.empty() ? "" : ", ") + each;
+  throw std::invalid_argument(std::string("plan: ") + what + " must be one of " + list + ", got '" + name +
+                              "'");
+}
+
+// Each a letter of the operators, and a size that a call has.
+void check_sizes(const std::string& op, const std::map<std::string, int64_t>& sizes) {
+  const std::map<std::string, int64_t> least = {{"b", 0}, {"l", 0}, {"d", 0}, {"h", 0}, {"k", 0},
+                                                {"p", 1}, {"n", 1}, {"g", 1}, {"q", 1}, {"w", 1}};
+  std::map<std::string, int64_t> most = {{"q", kSsdMaxChunk}, {"w", kConvMaxWidth}};
+  if (op == "selective_scan") most["n"] = kScanMaxState;
+  if (op == "ssd") most["n"] = most["p"] = kSsdMaxWidth;
+  for (const auto& [letter, size] : sizes) {
+    if (!least.contains(letter))
+      throw std::invalid_argument("plan: sizes are b, l, d, h, k, p, n, g, q and w, got '" + letter + "'");
+    if (size < least.at(letter) || (most.contains(letter) && size > most[letter]))
+      throw std::invalid_argument("plan: " + letter + " must be " +
+                                  (most.contains(letter) ? "in " + std::to_string(least.at(letter)) + ".." +
+                                                               std::to_string(most[letter])
+                                                         : "at least " + std::to_string(least.at(letter))) +
+                                  ", got " + std::to_string(size));
+  }
+}
 
 void describe(Plan& plan, const Segments& segments, int64_t units) {
   plan["units"] = std::to_string(units);
@@ -129,11 +160,12 @@ void describe_cuda(Plan& plan, const SsdDims& dims, DType type) {
 
 Plan plan(const std::string& op, const std::string& device, const std::string& dtype,
           const std::map<std::string, int64_t>& sizes) {
-  if (std::find(kOperators.begin(), kOperators.end(), op) == kOperators.end()) {
-    std::string known;
-    for (const std::string& name : kOperators) known += (known.empty() ? "" : ", ") + name;
-    throw std::invalid_argument("plan: op must be one of " + known + ", got '" + op + "'");
-  }
+  check_name("op", op, kOperators);
+  check_name("dtype", dtype, kDtypes);
+  const bool on_cpu = device == "cpu";
+  if (!on_cpu && device.rfind("cuda", 0) != 0)
+    throw std::invalid_argument("plan: device must be cpu or cuda, got '" + device + "'");
+  check_sizes(op, sizes);
   const auto size = [&](const char* letter, int64_t otherwise) {
     const auto found = sizes.find(letter);
     return found == sizes.end() ? otherwise : found->second;
@@ -141,7 +173,7 @@ Plan plan(const std::string& op, const std::string& device, const std::string& d
   Plan plan = {{"arithmetic", dtype == "float64" || dtype == "complex128" ? "float64" : "float32"}};
   const int64_t b = size("b", 1), l = size("l", 1), g = size("g", 1);
   for (const auto& [name, letter] : {std::pair("selective_scan", "d"), std::pair("ssd", "h")})
-    if (op == name && (g < 1 || size(letter, 1) % g != 0))
+    if (op == name && size(letter, 1) % g != 0)
       throw std::invalid_argument(std::string("plan: g must divide ") + letter + " = " +
                                   std::to_string(size(letter, 1)) + ", got " + std::to_string(g));
   ScanDims scan{.b = b,
@@ -168,20 +200,24 @@ Plan plan(const std::string& op, const std::string& device, const std::string& d
               .tf32 = false,
               .dt_min = 0,
               .dt_max = INFINITY};
-  if (device != "cpu") {
+  // The norm, then torch's product; else a kernel for both.
+  const bool by_parts =
+      op.rfind("norm_linear", 0) == 0 && (on_cpu || dtype != "bfloat16" || b > kNormLinearRows ||
+                                          size("k", 1) < 1 || size("k", 1) > kNormLinearWidth);
+  if (!on_cpu) {
 #ifdef USE_CUDA
     if (op == "selective_scan")
       describe_cuda(plan, scan, dtype_of(dtype));
     else if (op == "ssd")
       describe_cuda(plan, ssd, dtype_of(dtype));
     else
-      plan["kernel"] = "cuda";
+      plan["kernel"] = by_parts ? "cuda by parts" : "cuda";
 #else
     plan["kernel"] = std::string("none: built without CUDA (") + MAMBA_OPS_CUDA_VERSION + ")";
 #endif
     return plan;
   }
-  plan["kernel"] = std::string("cpu ") + cpu().name;
+  plan["kernel"] = std::string("cpu ") + cpu().name + (by_parts ? " by parts" : "");
   if (op == "selective_scan") {
     const Segments segments(runs_of_rows(b, l), scan);
     describe(plan, segments, segments.list().view().groups * scan.channel_blocks());
@@ -196,5 +232,7 @@ Plan plan(const std::string& op, const std::string& device, const std::string& d
   }
   return plan;
 }
+
+std::pair<int64_t, int64_t> norm_linear_limits() { return {kNormLinearRows, kNormLinearWidth}; }
 
 }  // namespace mamba_ops

@@ -1,8 +1,10 @@
 // libmamba_ops.so for C++ programs: what it was built with. The operators themselves are reached through
 // torch's dispatcher, as torch.ops.mamba_ops is in Python.
 #pragma once
+#include <cstdint>
 #include <map>
 #include <string>
+#include <utility>
 #include <vector>
 
 #define MAMBA_OPS_API __attribute__((visibility("default")))
@@ -16,10 +18,12 @@ MAMBA_OPS_API void force_cpu_isa(const std::string& name);
 // "auto": the fastest CUDA kernels that can run a call; "portable": those for any GPU; "small": as they run
 // on a GPU with 99 KB of shared memory a block.
 MAMBA_OPS_API void force_cuda_path(const std::string& name);
-// What a call would run: the kernel and how it cuts the work. Sizes by their letters (b, l, d, h, p, n, g,
-// w).
+// What a call would run: the kernel and how it cuts the work. Sizes by their letters (b, l, d, h, p, n, g, q,
+// w, k).
 MAMBA_OPS_API std::map<std::string, std::string> plan(const std::string& op, const std::string& device,
                                                       const std::string& dtype,
                                                       const std::map<std::string, int64_t>& sizes);
+// Rows and columns of the largest x of norm_linear that takes its kernel.
+MAMBA_OPS_API std::pair<int64_t, int64_t> norm_linear_limits();
 
 }  // namespace mamba_ops

@@ -14,4 +14,6 @@ PYBIND11_MODULE(_C, m) {
         "\"small\": those, as they run on a GPU with 99 KB of shared memory a block.");
   m.def("plan", &mamba_ops::plan, pybind11::arg("op"), pybind11::arg("device"), pybind11::arg("dtype"),
         pybind11::arg("sizes"), "What a call would run, from its sizes by their letters.");
+  m.def("norm_linear_limits", &mamba_ops::norm_linear_limits,
+        "Rows and columns of the largest x of norm_linear that takes its kernel.");
 }

@@ -54,10 +54,14 @@ def plan(op: str, device: str = "cpu", dtype: torch.dtype = torch.float32, **siz
         op: the operator's name, such as "ssd".
         device: "cpu" or "cuda".
         dtype: of the inputs.
-        **sizes: the call's sizes by their letters (b, l, d, h, p, n, g, q).
+        **sizes: the call's sizes by their letters (b, l, d, h, p, n, g, q, w, k).
+
+    Returns:
+        Facts by name. "kernel" says which one runs: "cpu" and the instruction set, "cuda", "cuda tuned",
+        "cuda hopper" or "cuda portable"; "by parts" where norm_linear is a norm and torch's product.
 
     Raises:
-        ValueError: an unknown operator.
+        ValueError: an unknown operator, device, dtype or size, or a size that no call has.
 
     >>> plan("ssd", b=1, l=2048, h=24, p=64, n=128)["chunk_size"]
     '64'

@@ -1,5 +1,7 @@
 """mamba_ops.plan: which kernels a call takes."""
 
+from typing import Any
+
 import pytest
 import torch
 
@@ -12,22 +14,53 @@ built_with_cuda = pytest.mark.skipif(not _C.build_info()["cuda"], reason="built 
 
 
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
-@pytest.mark.parametrize("name", [*ALL, "add_rms_norm"])
+@pytest.mark.parametrize("name", [*ALL, "add_rms_norm", "norm_linear", "norm_linear_conv"])
 def test_every_operator_has_a_plan(name: str, device: str) -> None:
     kernel = mamba_ops.plan(name, device, torch.bfloat16)["kernel"]
     assert kernel.startswith((device, "none: built without CUDA"))
 
 
-def test_an_unknown_operator_is_named() -> None:
-    with pytest.raises(ValueError, match=r"op must be one of selective_scan, .*, got 'scan'"):
-        mamba_ops.plan("scan")
+@pytest.mark.parametrize(
+    ("arguments", "sizes", "message"),
+    [
+        (("scan",), {}, "op must be one of selective_scan, .*, got 'scan'"),
+        (("ssd", "tpu"), {}, "device must be cpu or cuda, got 'tpu'"),
+        (("ssd", "cpu", torch.int8), {}, "dtype must be one of float32, .*, got 'int8'"),
+        (("ssd",), {"x": 1}, "sizes are b, l, .*, got 'x'"),
+        (("ssd",), {"b": -1}, "b must be at least 0, got -1"),
+        (("ssd",), {"q": 0}, r"q must be in 1..256, got 0"),
+        (("ssd",), {"n": 257}, r"n must be in 1..256, got 257"),
+        (("selective_scan",), {"d": 64, "g": 0}, "g must be at least 1, got 0"),
+        (("selective_scan",), {"d": 64, "g": 3}, "g must divide d = 64, got 3"),
+        (("ssd",), {"h": 64, "g": 3}, "g must divide h = 64, got 3"),
+    ],
+)
+def test_what_no_call_has_is_named(arguments: tuple[Any, ...], sizes: dict[str, int], message: str) -> None:
+    with pytest.raises(ValueError, match=f"plan: {message}"):
+        mamba_ops.plan(*arguments, **sizes)
 
 
-@pytest.mark.parametrize(("name", "letter"), [("selective_scan", "d"), ("ssd", "h")])
-@pytest.mark.parametrize("g", [0, 3])
-def test_groups_that_do_not_divide_are_named(name: str, letter: str, g: int) -> None:
-    with pytest.raises(ValueError, match=rf"g must divide {letter} = 64, got {g}"):
-        mamba_ops.plan(name, **{letter: 64, "g": g})
+def test_empty_calls_have_a_plan() -> None:
+    for name, empty in (("selective_scan", "bdl"), ("ssd", "blh"), ("norm_linear", "bk")):
+        for letter in empty:
+            assert "kernel" in mamba_ops.plan(name, **{letter: 0})
+
+
+@pytest.mark.parametrize("name", ["norm_linear", "norm_linear_conv"])
+def test_norm_linear_goes_by_parts_where_it_is_no_single_launch(name: str) -> None:
+    assert mamba_ops.plan(name, b=1, k=64)["kernel"].endswith(" by parts")
+    if not _C.build_info()["cuda"]:
+        return
+    rows, width = _C.norm_linear_limits()
+    for dtype, b, k in ((torch.bfloat16, 1, 64), (torch.bfloat16, rows, width)):
+        assert mamba_ops.plan(name, "cuda", dtype, b=b, k=k)["kernel"] == "cuda"
+    for dtype, b, k in (
+        (torch.float16, 1, 64),
+        (torch.bfloat16, rows + 1, 64),
+        (torch.bfloat16, 1, width + 1),
+        (torch.bfloat16, 1, 0),
+    ):
+        assert mamba_ops.plan(name, "cuda", dtype, b=b, k=k)["kernel"] == "cuda by parts"
 
 
 @built_with_cuda

@@ -11,6 +11,10 @@
 
 namespace mamba_ops {
 
+// The largest x (b, k) that is worth the kernel: for more rows torch's product is as fast, and wider ones
+// find no room on small GPUs.
+inline constexpr int64_t kNormLinearRows = 8, kNormLinearWidth = 8192;
+
 struct NormLinear {
   // Columns [begin, begin + d) of y.
   struct Conv {
