@@ -1,6 +1,7 @@
 """What the operator modules share: autocast registration and small argument helpers."""
 
-from collections.abc import Callable, Iterable, Iterator
+import functools
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, TypeVar
 
 import torch
@@ -42,7 +43,14 @@ def register_fake(name: str) -> Callable[[F], F]:
     """Registers the decorated function as the shapes, dtypes and layouts that operator `name` returns."""
 
     def register(function: F) -> F:
-        torch.library.register_fake(f"mamba_ops::{name}", function)
+        @functools.wraps(function)
+        def fake(*args: Any) -> Any:
+            devices = {arg.device for arg in args if isinstance(arg, Tensor)}
+            if len(devices) > 1:
+                raise RuntimeError(f"{name}: tensors must be on one device, got {sorted(map(str, devices))}")
+            return function(*args)
+
+        torch.library.register_fake(f"mamba_ops::{name}", fake)
         return function
 
     return register
@@ -90,9 +98,19 @@ def register_once_differentiable(name: str) -> None:
 
 def state_as(op: str, state: Tensor, dtype: torch.dtype) -> Tensor:
     """The initial state in the dtype of the arithmetic."""
-    if not (state.is_floating_point() or state.is_complex()):
-        raise TypeError(f"{op}: initial_state must be floating-point, got {state.dtype}")
+    if not (state.is_floating_point() or (state.is_complex() and dtype.is_complex)):
+        kinds = "floating-point or complex" if dtype.is_complex else "floating-point"
+        raise TypeError(f"{op}: initial_state must be {kinds}, got {state.dtype}")
     return state.to(dtype)
+
+
+def step_limits(op: str, dt_limit: Sequence[float]) -> tuple[float, float]:
+    """dt_limit as two numbers; the operators check their order."""
+    try:
+        low, high = dt_limit
+        return float(low), float(high)
+    except (TypeError, ValueError):
+        raise ValueError(f"{op}: dt_limit must be (low, high), got {dt_limit!r}") from None
 
 
 def arithmetic_dtype(dtype: torch.dtype) -> torch.dtype:

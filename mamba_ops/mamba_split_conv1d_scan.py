@@ -18,6 +18,7 @@ from ._library import (
     register_once_differentiable,
     state_as,
     state_rows,
+    step_limits,
 )
 
 _fwd = torch.ops.mamba_ops.mamba_split_conv1d_scan_fwd.default
@@ -106,7 +107,7 @@ def mamba_split_conv1d_scan(
         initial_state = state_as(NAME, initial_state, arithmetic_dtype(zxbcdt.dtype))
     scan = (conv1d_weight, conv1d_bias, dt_bias, A, D)
     ends = (rmsnorm_weight, outproj_weight, outproj_bias, conv_state, initial_state, seq_idx, cu_seqlens)
-    limits = (float(dt_limit[0]), float(dt_limit[1]))
+    limits = step_limits(NAME, dt_limit)
     norm = (rmsnorm_eps, norm_before_gate)
     tf32 = allows_tf32(zxbcdt)
     options = (headdim, ngroups, silu, *limits, *norm, chunk_size, tf32, mask_negative, return_final_states)

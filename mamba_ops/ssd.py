@@ -15,6 +15,7 @@ from ._library import (
     register_once_differentiable,
     state_as,
     state_rows,
+    step_limits,
 )
 
 _fwd = torch.ops.mamba_ops.ssd_fwd.default
@@ -90,12 +91,10 @@ def ssd(
     if initial_state is not None:
         initial_state = state_as("ssd", initial_state, arithmetic_dtype(x.dtype))
     tensors = (x, dt, A, B, C, D, z, dt_bias, initial_state, seq_idx, cu_seqlens)
-    low, high = dt_limit
     y, final_state = _fwd(
         *tensors,
         bool(dt_softplus),
-        float(low),
-        float(high),
+        *step_limits("ssd", dt_limit),
         chunk_size,
         allows_tf32(x),
         return_final_state,

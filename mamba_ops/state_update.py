@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ._library import is_silu, register_autocast, register_fake
+from ._library import is_silu, register_autocast, register_fake, step_limits
 
 _conv = torch.ops.mamba_ops.causal_conv1d_update.default
 _scan = torch.ops.mamba_ops.selective_state_update.default
@@ -156,7 +156,8 @@ def ssd_state_update(
     (tensor([[[2.]]]), tensor([[[[2.]]]]))
     """
     prepare("ssd_state_update", state, x, dt, A, B, C, D, z, dt_bias)
-    y: Tensor = _ssd(state, x, dt, A, B, C, D, z, dt_bias, state_indices, dt_softplus, *dt_limit, A_is_log)
+    limits = step_limits("ssd_state_update", dt_limit)
+    y: Tensor = _ssd(state, x, dt, A, B, C, D, z, dt_bias, state_indices, dt_softplus, *limits, A_is_log)
     return y
 
 

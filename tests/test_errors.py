@@ -12,6 +12,7 @@ from tests.compare import check, is_float
 
 # The tensor that sets the sizes is right by definition: the next one is blamed for what does not fit.
 SETS_SIZES = ("u", "x", "state", "weight")
+LIMITED = ("ssd", "ssd_state_update")
 
 
 @pytest.mark.parametrize("fault", ["shape", "dims", "dtype", "device"])
@@ -72,6 +73,18 @@ def test_packs_that_exclude_each_other(name: str) -> None:
         ("ssd", {"dt_limit": (0.5, 0.1)}, "dt_limit.*0.5.*0.1"),
         ("ssd", {"dt_limit": (math.nan, 0.1)}, "dt_limit.*nan"),
         ("ssd_state_update", {"dt_limit": (0.5, 0.1)}, "dt_limit.*0.5.*0.1"),
+        *((name, {"dt_limit": None}, r"dt_limit must be \(low, high\).*None") for name in LIMITED),
+        *((name, {"dt_limit": (0.0, 1.0, 2.0)}, r"dt_limit must be \(low, high\).*2.0") for name in LIMITED),
+        (
+            "ssd",
+            {"initial_state": torch.zeros(2, 4, 3, 3, dtype=torch.complex64)},
+            "floating-point.*complex64",
+        ),
+        (
+            "selective_scan",
+            {"initial_state": torch.zeros(2, 4, 3, dtype=torch.complex64)},
+            "floating-.*complex",
+        ),
         ("causal_conv1d", {"activation": "gelu"}, "activation.*gelu"),
         ("causal_conv1d_update", {"activation": "gelu"}, "activation.*gelu"),
         ("causal_conv1d", {"weight": torch.zeros(4, 5), "initial_state": None}, "weight.*5"),
@@ -88,6 +101,33 @@ def test_packs_that_exclude_each_other(name: str) -> None:
 def test_a_wrong_value_is_named(name: str, wrong: Inputs, words: str) -> None:
     with pytest.raises((RuntimeError, ValueError, TypeError), match=f"(?s){name}.*{words}"):
         getattr(mamba_ops, name)(**full(name) | wrong)
+
+
+@pytest.mark.parametrize(
+    ("name", "argument"),
+    [
+        ("selective_scan", "u"),
+        ("selective_scan", "A"),
+        ("ssd", "dt"),
+        ("ssd", "B"),
+        ("causal_conv1d", "weight"),
+        ("selective_state_update", "A"),
+    ],
+)
+def test_a_tensor_that_is_not_optional_is_named(name: str, argument: str) -> None:
+    named = "the first tensor" if argument in "ux" else argument
+    inputs = full(name) | {argument: None}
+    inputs.pop("initial_state", None)
+    with pytest.raises(RuntimeError, match=f"{name}: {named} is not optional, got None"):
+        getattr(mamba_ops, name)(**inputs)
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_every_tensor_must_be_on_the_meta_device_or_none(name: str) -> None:
+    inputs = full(name)
+    argument = next(k for k, v in reversed(inputs.items()) if torch.is_tensor(v))
+    with pytest.raises(RuntimeError, match=f"{name}.*on one device.*cpu.*meta"):
+        getattr(mamba_ops, name)(**inputs | {argument: inputs[argument].to("meta")})
 
 
 @pytest.mark.parametrize("name", ALL)

@@ -348,7 +348,7 @@ def test_launches_that_read_what_the_one_before_wrote(gpu: str) -> None:
     ("changes", "message"),
     [
         ({"x": torch.zeros(3, 8)}, "x must be bfloat16, got float32"),
-        ({"x": torch.zeros(8).bfloat16()}, "x must be (b, k) = (b, k), got (8,)"),
+        ({"x": torch.zeros(8).bfloat16()}, "x must be (b, k), got (8,)"),
         ({"residual": torch.zeros(3, 7)}, "residual must be (b, k) = (3, 8), got (3, 7)"),
         ({"weight": torch.zeros(5, 7).bfloat16()}, "weight must be (n, k) = (n, 8), got (5, 7)"),
         ({"weight": torch.zeros(5, 8)}, "weight must be bfloat16, got float32"),

@@ -53,6 +53,12 @@ const char* name_of(ScalarType type) {
       return "complex64";
     case ScalarType::ComplexDouble:
       return "complex128";
+    case ScalarType::Byte:
+      return "uint8";
+    case ScalarType::Char:
+      return "int8";
+    case ScalarType::Short:
+      return "int16";
     case ScalarType::Int:
       return "int32";
     case ScalarType::Long:
@@ -68,8 +74,10 @@ void fail(const char* op, const std::string& message) {
   throw std::runtime_error(std::string(op) + ": " + message);
 }
 
-Checker::Checker(const char* op, const Tensor& first)
-    : op_(op), cuda_(first.is_cuda()), device_(first.get_device()) {
+Checker::Checker(const char* op, const Tensor& first) : op_(op) {
+  if (!first.defined()) fail(op, "the first tensor is not optional, got None");
+  cuda_ = first.is_cuda();
+  device_ = first.get_device();
   if (!cuda_ && !first.is_cpu()) fail(op, "tensors must be on the CPU or a CUDA GPU, got another device");
 }
 
@@ -82,9 +90,10 @@ void Checker::shape(const char* name, const Tensor& t, const char* letters,
     ok = want < 0 || t.size(i) == want;
     ++i;
   }
-  if (!ok)
-    fail(op_, std::string(name) + " must be " + letters + " = " + filled(letters, dims) + also + ", got " +
-                  shape_of(t));
+  if (ok) return;
+  const std::string sizes = filled(letters, dims);
+  fail(op_, std::string(name) + " must be " + letters + (sizes == letters ? "" : " = " + sizes) + also +
+                ", got " + shape_of(t));
 }
 
 void Checker::dtype(const char* name, const Tensor& t, std::initializer_list<ScalarType> allowed) const {
@@ -98,6 +107,7 @@ void Checker::dtype(const char* name, const Tensor& t, std::initializer_list<Sca
 }
 
 void Checker::device(const char* name, const Tensor& t) const {
+  if (!t.defined()) fail(op_, std::string(name) + " is not optional, got None");
   if (t.is_cuda() != cuda_ || t.is_cpu() == cuda_ || t.get_device() != device_) {
     const auto where = [](bool cuda, bool cpu, int index) {
       return cuda ? "cuda:" + std::to_string(index) : std::string(cpu ? "cpu" : "another device");

@@ -37,7 +37,7 @@ class Checker {
   void shape(const char* name, const Tensor& t, const char* letters, std::initializer_list<int64_t> dims,
              const char* also = "") const;
   void dtype(const char* name, const Tensor& t, std::initializer_list<ScalarType> allowed) const;
-  // Same device as the first tensor, and plain strided storage.
+  // Given, on the device of the first tensor, and in plain strided storage.
   void device(const char* name, const Tensor& t) const;
   void all(const char* name, const Tensor& t, const char* letters, std::initializer_list<int64_t> dims,
            std::initializer_list<ScalarType> allowed) const {

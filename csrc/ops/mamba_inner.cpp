@@ -50,6 +50,7 @@ struct Layer {
   explicit Layer(const Arguments& arguments) : a(arguments), check(kName, a.xz) {
     type = check.float_type("xz", a.xz);
     check.shape("xz", a.xz, "(b, 2 d, l)", {-1, -1, -1});
+    check.device("A", a.A);
     check.shape("A", a.A, "(d, n)", {-1, -1});
     b = a.xz.size(0), l = a.xz.size(2), d = a.A.size(0);
     complex = a.A.scalar_type() == ScalarType::ComplexFloat || a.A.scalar_type() == ScalarType::ComplexDouble;

@@ -38,7 +38,9 @@ struct Layer {
   explicit Layer(const Arguments& arguments) : a(arguments), check(kName, a.zxbcdt) {
     type = check.float_type("zxbcdt", a.zxbcdt);
     check.shape("zxbcdt", a.zxbcdt, "(b, l, 2 k + 2 d + 2 g n + h)", {-1, -1, -1});
+    check.device("A", a.A);
     check.shape("A", a.A, "(h)", {-1});
+    check.device("conv1d_weight", a.conv1d_weight);
     check.shape("conv1d_weight", a.conv1d_weight, "(d + 2 g n, w)", {-1, -1});
     b = a.zxbcdt.size(0), l = a.zxbcdt.size(1), h = a.A.size(0), conv = a.conv1d_weight.size(0);
     const auto text = [](int64_t value) { return std::to_string(value); };

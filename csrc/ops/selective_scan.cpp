@@ -30,6 +30,7 @@ struct ScanCall {
     const int64_t b = u.size(0), d = u.size(1), l = u.size(2);
     check.all("delta", delta, "(b, d, l)", {b, d, l}, {type, ScalarType::Float});
     if (z) check.all("z", *z, "(b, d, l)", {b, d, l}, {type, ScalarType::Float});
+    check.device("A", A);
     const bool complex =
         A.scalar_type() == ScalarType::ComplexFloat || A.scalar_type() == ScalarType::ComplexDouble;
     const ScalarType complex_type =

@@ -32,6 +32,7 @@ struct SsdCall {
                                                 std::to_string(kSsdMaxWidth) + ", got " + shape_of(x));
     check.all("dt", dt, "(b, l, h)", {b, l, h}, {type, ScalarType::Float});
     check.all("A", A, "(h)", {h}, {ScalarType::Float, type});
+    check.device("B", B);
     check.that(B.dim() == 4, "B must be (b, l, g, n), got " + shape_of(B));
     const int64_t n = B.size(3);
     for (const auto& [name, factor] : {std::pair("B", &B), std::pair("C", &C)}) {

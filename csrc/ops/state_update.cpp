@@ -161,6 +161,7 @@ Tensor selective_state_update(Tensor state, Tensor u, Tensor delta, Tensor A, Te
   };
   like_u("delta", delta);
   if (z) like_u("z", *z);
+  check.device("A", A);
   const bool complex =
       A.scalar_type() == ScalarType::ComplexFloat || A.scalar_type() == ScalarType::ComplexDouble;
   const ScalarType number = !complex                                      ? type
