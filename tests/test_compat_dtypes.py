@@ -5,7 +5,8 @@ from typing import Any
 import pytest
 import torch
 
-from mamba_ops.compat.causal_conv1d import causal_conv1d_fn, causal_conv1d_update
+from mamba_ops.compat import selective_scan_cuda
+from mamba_ops.compat.causal_conv1d import causal_conv1d_fn, causal_conv1d_update, cpp_functions
 from mamba_ops.compat.mamba_ssm.ops.selective_scan_interface import selective_scan_fn
 from mamba_ops.compat.mamba_ssm.ops.triton.layer_norm import layer_norm_fn, rms_norm_fn
 from mamba_ops.compat.mamba_ssm.ops.triton.layernorm_gated import layernorm_fn, rmsnorm_fn
@@ -64,6 +65,44 @@ def test_autocast_lowers_the_weights_of_the_fused_forms() -> None:
         mamba_split_conv1d_scan_combined(**inputs)
     with torch.autocast("cpu", torch.bfloat16):
         assert mamba_split_conv1d_scan_combined(**inputs).dtype == torch.bfloat16
+
+
+def test_autocast_lowers_nothing_of_the_bare_kernels() -> None:
+    scan = cases.selective_scan(options=("D", "z"))
+    scan_args = [scan.get(k) for k in ("u", "delta", "A", "B", "C", "D", "z")]
+    conv = cases.causal_conv1d()
+    dy = torch.randn_like(conv["x"])
+
+    def run() -> list[torch.Tensor]:
+        ends = (None, None, None, False, False)
+        return [
+            *selective_scan_cuda.fwd(*scan_args, None, False),
+            *selective_scan_cuda.bwd(*scan_args, None, torch.ones_like(scan["u"]), *ends),
+            cpp_functions.causal_conv1d_fwd_function(conv["x"], conv["weight"], *[None] * 4, True),
+            *cpp_functions.causal_conv1d_bwd_function(
+                conv["x"], conv["weight"], None, dy, *[None] * 4, False, True
+            )[:2],
+        ]
+
+    expected = run()
+    with torch.autocast("cpu", torch.bfloat16):
+        got = run()
+    for a, b in zip(got, expected, strict=True):
+        assert a.dtype == torch.float32 and torch.equal(a, b)
+
+
+@pytest.mark.parametrize("weights", HALVES)
+def test_weights_of_another_dtype_for_the_bare_convolution(weights: torch.dtype) -> None:
+    inputs = cases.causal_conv1d(options=("bias",))
+    x, weight, bias = inputs["x"], inputs["weight"].to(weights), inputs["bias"].to(weights)
+    wide = (x, weight.float(), bias.float())
+    out = cpp_functions.causal_conv1d_fwd_function(x, weight, bias, None, None, None, True)
+    close(out, cpp_functions.causal_conv1d_fwd_function(*wide, None, None, None, True), x.dtype)
+    ends = (torch.ones_like(x), None, None, None, None, False, True)
+    got, exact = (cpp_functions.causal_conv1d_bwd_function(*w, *ends) for w in ((x, weight, bias), wide))
+    assert [g.dtype for g in got[:3]] == [x.dtype, weights, weights]
+    for a, b in zip(got[:3], exact[:3], strict=True):
+        close(a, b, torch.bfloat16)
 
 
 @pytest.mark.parametrize("weights", HALVES)

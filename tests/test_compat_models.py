@@ -152,6 +152,21 @@ def test_mamba2_simple() -> None:
     assert "init_states" not in Mamba2Simple(16, headdim=8).state_dict()
 
 
+def test_mamba2_simple_with_an_adapter() -> None:
+    """A projection that is more than its weight runs as it is."""
+
+    class Doubled(nn.Linear):
+        def forward(self, x: Tensor) -> Tensor:
+            return 2 * super().forward(x)
+
+    layer, x = Mamba2Simple(16, d_state=8, headdim=8, learnable_init_states=True), torch.randn(2, 7, 16)
+    with torch.no_grad():
+        layer.init_states.normal_()
+        expected = 2 * layer(x)
+        layer.out_proj.__class__ = Doubled
+        close(layer(x), expected)
+
+
 def test_mamba3_is_a_name() -> None:
     with pytest.raises(NotImplementedError, match="Mamba-3"):
         Mamba3(16)

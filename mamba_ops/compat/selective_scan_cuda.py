@@ -9,11 +9,13 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from .. import selective_scan
+from .autocast import without_autocast
 from .mamba_ssm.ops.selective_scan_interface import as_complex, laid_out_like
 
 _CHUNK = 2048
 
 
+@without_autocast
 @torch.no_grad()
 def fwd(
     u: Tensor,
@@ -63,6 +65,7 @@ def fwd(
     return [out, x, laid_out_like((out.float() * F.silu(z.float())).to(z.dtype), z)]
 
 
+@without_autocast
 @torch.no_grad()
 def bwd(
     u: Tensor,

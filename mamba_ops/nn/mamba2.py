@@ -181,12 +181,13 @@ class Mamba2(nn.Module):
         cache: LayerCache | None,
         seq_idx: Tensor | None = None,
         cu_seqlens: Tensor | None = None,
+        first_state: Tensor | None = None,
     ) -> Tensor:
-        """What `forward` does with the output of in_proj."""
+        """What `forward` does with the output of in_proj; first_state: of the scan, without a cache."""
         conv_state, ssm_state = (None, None) if cache is None else (cache.conv_state, cache.ssm_state)
         starts = {
             "conv": None if conv_state is None else initial_state(conv_state, projected.dtype),
-            "scan": None if ssm_state is None else initial_state(ssm_state, ssm_state.dtype),
+            "scan": first_state if ssm_state is None else initial_state(ssm_state, ssm_state.dtype),
         }
         pack: dict[str, Any] = {"seq_idx": seq_idx, "cu_seqlens": cu_seqlens}
         plain_norm = not self.rmsnorm or is_plain(self.norm, RMSNormGated)

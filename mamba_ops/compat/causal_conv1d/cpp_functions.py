@@ -6,9 +6,11 @@ import torch
 from torch import Tensor
 
 from ...causal_conv1d import _bwd, _fwd
+from ..autocast import parameter, without_autocast
 from .causal_conv1d_interface import causal_conv1d_update
 
 
+@without_autocast
 @torch.no_grad()
 def causal_conv1d_fwd_function(
     x: Tensor,
@@ -20,6 +22,7 @@ def causal_conv1d_fwd_function(
     silu_activation: bool,
 ) -> Tensor:
     """The convolution without autograd; final_states_out (batch, dim, width - 1) is written if given."""
+    weight, bias = parameter(weight, x.dtype), parameter(bias, x.dtype)
     has_state = final_states_out is not None
     out, state = _fwd(x, weight, bias, initial_states, seq_idx, None, silu_activation, has_state)
     if final_states_out is not None:
@@ -28,6 +31,7 @@ def causal_conv1d_fwd_function(
     return y
 
 
+@without_autocast
 @torch.no_grad()
 def causal_conv1d_bwd_function(
     x: Tensor,
@@ -43,12 +47,14 @@ def causal_conv1d_bwd_function(
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
     """(dx, dweight, dbias, dinitial_states); a given dx is filled, and may be a view."""
     dout = dout if seq_idx is None else dout.masked_fill(seq_idx[:, None] < 0, 0)
+    taps = parameter(weight, x.dtype), parameter(bias, x.dtype)
     dx_, dweight, dbias, dinitial = _bwd(
-        dout, dfinal_states, x, weight, bias, initial_states, seq_idx, None, silu_activation
+        dout, dfinal_states, x, *taps, initial_states, seq_idx, None, silu_activation
     )
     dx = dx_ if dx is None else dx.copy_(dx_)
     wanted = return_dinitial_states and initial_states is not None
-    return dx, dweight, None if bias is None else dbias, dinitial if wanted else None
+    dbias = None if bias is None else dbias.to(bias.dtype)
+    return dx, dweight.to(weight.dtype), dbias, dinitial if wanted else None
 
 
 @torch.no_grad()

@@ -8,8 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .... import mamba_split_conv1d_scan, nn
-from ....nn.cache import decay_rate
+from .... import nn
 from ....nn.init import Device, no_weight_decay
 
 
@@ -75,22 +74,4 @@ class Mamba2Simple(nn.Mamba2):
     def forward(self, u: Tensor, seq_idx: Tensor | None = None) -> Tensor:  # type: ignore[override]
         """u (batch, seqlen, d_model), seq_idx (batch, seqlen) integers. Returns u's shape."""
         starts = self.init_states.expand(u.shape[0], -1, -1, -1) if self.learnable_init_states else None
-        out = mamba_split_conv1d_scan(
-            self.in_proj(u),
-            self.conv1d.weight.squeeze(1),
-            self.conv1d.bias,
-            self.dt_bias,
-            decay_rate(self.A_log),
-            self.D,
-            headdim=self.headdim,
-            ngroups=self.ngroups,
-            dt_limit=self.dt_limit,
-            rmsnorm_weight=self.norm.weight,
-            rmsnorm_eps=self.norm.eps,
-            outproj_weight=self.out_proj.weight,
-            outproj_bias=self.out_proj.bias,
-            initial_state=starts,
-            seq_idx=seq_idx,
-        )
-        assert isinstance(out, Tensor)
-        return out
+        return self._mix(self.in_proj(u), None, seq_idx, first_state=starts)
