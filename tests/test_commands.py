@@ -2,6 +2,7 @@
 
 import gzip
 import math
+import os
 import random
 import signal
 import subprocess
@@ -13,6 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from mamba_ops import _C
 from mamba_ops.__main__ import main
 from mamba_ops.commands import corpus, measure, trainer
 from mamba_ops.models import (
@@ -156,8 +158,16 @@ def test_bad_text(text: Path, capsys: pytest.CaptureFixture[str]) -> None:
     Path("tiny").write_bytes(b"x")
     refused(capsys, run_train(Path("tiny")), "shorter than a row")
     refused(capsys, run_train(text, "--steps", "-3"), "--steps must be above 0, got -3")
+    refused(capsys, run_train(text, "--minutes", "nan"), "--minutes must be above 0, got nan")
     refused(capsys, run_train(text, "--d-model", "31"), "headdim must divide d_ssm = 62")
     assert not Path("runs").exists()
+
+
+@pytest.mark.parametrize("seed", ["-1", "4294967296", "x"])
+def test_a_seed_that_no_generator_takes(text: Path, seed: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        run_train(text, "--seed", seed)
+    assert f"--seed: must be an integer in 0..4294967295, got '{seed}'" in capsys.readouterr().err
 
 
 def test_an_existing_run_stays(text: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -298,6 +308,20 @@ def test_rows_follow_from_the_step() -> None:
 
 
 # --- doctor -----------------------------------------------------------------------------------------------
+
+
+def test_doctor_names_what_forces_an_instruction_set() -> None:
+    if len(_C.cpu_isas()) < 2:
+        pytest.skip("the baseline is all that runs here")
+    done = subprocess.run(
+        [sys.executable, "-m", "mamba_ops", "doctor"],
+        env=os.environ | {"MAMBA_OPS_CPU_ISA": "base"},
+        capture_output=True,
+        text=True,
+        check=True,
+        timeout=60,
+    )
+    assert "kernels for base" in done.stdout and "unset MAMBA_OPS_CPU_ISA" in done.stdout
 
 
 def test_doctor(capsys: pytest.CaptureFixture[str]) -> None:

@@ -189,6 +189,11 @@ def close(got: Tensor, expected: Tensor) -> None:
 def test_unknown_layer_and_entry() -> None:
     with pytest.raises(ValueError, match="layer must be one of"):
         LMConfig(layer="attention")
+    for size in ("vocab_size", "d_model", "n_layer"):
+        with pytest.raises(ValueError, match=f"{size} must be at least 1, got 0"):
+            LMConfig(**{size: 0})
+    with pytest.raises(ValueError, match="d_intermediate must be at least 0, got -1"):
+        LMConfig(d_intermediate=-1)
     with pytest.raises(ValueError, match=r"unknown entries \['heads'\]"):
         LMConfig.from_dict({"heads": 3})
     with pytest.raises(ValueError, match=r"attn_layer_idx must lie in 0..n_layer - 1 = 3, got \(4,\)"):
@@ -268,6 +273,7 @@ def test_nothing_to_generate(model: LanguageModel) -> None:
         ({"prompts": [[19]]}, r"prompt 0 must hold tokens in 0..18, got 19..19"),
         ({"prompts": [[-1]]}, "prompt 0 must hold tokens"),
         ({"temperature": -1.0}, "temperature"),
+        ({"temperature": math.nan}, "temperature"),
         ({"top_k": 0}, "top_k"),
         ({"top_p": 0.0}, "top_p"),
         ({"top_p": 1.5}, "top_p"),

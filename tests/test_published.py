@@ -235,7 +235,7 @@ def refuses(folder: Path, message: str) -> None:
         ({"num_hidden_layers": 3}, "weights do not fit the config: .* Missing key"),
         ({"num_hidden_layers": "two"}, "describes? (no|a) model"),
         ({"vocab_size": 20}, "weights do not fit the config: .* size mismatch"),
-        ({"vocab_size": -1}, "does not describe a model"),
+        ({"vocab_size": -1}, "vocab_size must be at least 1, got -1"),
         ({"time_step_limit": 3}, "does not describe a model"),
     ],
 )
@@ -291,6 +291,8 @@ def test_broken_files(tmp_path: Path) -> None:
     refuses(tmp_path, "backbone.embedding.weight must be a floating-point tensor, got int")
     torch.save({"backbone.embedding.weight": torch.zeros(2, dtype=torch.int8)}, path)
     refuses(tmp_path, "must be a floating-point tensor, got torch.int8")
+    torch.save({1: torch.zeros(2)}, path)
+    refuses(tmp_path, "weights must be named by strings, got 1")
 
 
 def test_a_pickle_cannot_run_code(tmp_path: Path) -> None:

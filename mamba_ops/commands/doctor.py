@@ -42,7 +42,9 @@ def run(options: Namespace) -> int:
         f"of {', '.join(isas)} that run here"
     )
     if _C.cpu_isa() != isas[-1]:
-        advice.append(f"the CPU can run {isas[-1]}: unset MAMBA_OPS_ISA, or call mamba_ops._C.set_cpu_isa")
+        advice.append(
+            f"the CPU can run {isas[-1]}: unset MAMBA_OPS_CPU_ISA, or call mamba_ops._C.set_cpu_isa"
+        )
 
     gpus = [torch.cuda.get_device_properties(i) for i in range(torch.cuda.device_count())]
     print(

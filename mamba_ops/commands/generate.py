@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 
 from ..models import CheckpointError, LanguageModel, load_model, load_pretrained, stream
-from . import CommandError
+from . import CommandError, seed
 from .trainer import CHECKPOINT
 
 TOKENIZER = "tokenizer.json"
@@ -32,7 +32,7 @@ def add_arguments(parser: ArgumentParser) -> None:
     option(
         "--top-p", type=float, help="choose among the likeliest ones that hold this share of the probability"
     )
-    option("--seed", type=int, help="makes the output repeatable")
+    option("--seed", type=seed, help="makes the output repeatable")
 
 
 @dataclass

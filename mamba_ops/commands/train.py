@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from ..models import CheckpointError, LanguageModel, LMConfig, load_checkpoint, load_model
-from . import CommandError, corpus
+from . import CommandError, corpus, seed
 from .trainer import CHECKPOINT, Settings, Trainer
 
 LAYER_ARGS: dict[str, dict[str, Any]] = {"mamba2": {"d_state": 64, "headdim": 64}, "mamba": {"d_state": 16}}
@@ -37,7 +37,7 @@ def add_arguments(parser: ArgumentParser) -> None:
     option("--row", type=int, help=f"bytes in a row; default: {Settings.row}")
     option("--batch", type=int, help=f"rows in a step; default: {Settings.batch}")
     option("--lr", type=float, help=f"highest learning rate; default: {Settings.lr}")
-    option("--seed", type=int, help="of the weights and the order of the rows; default: 0")
+    option("--seed", type=seed, help="of the weights and the order of the rows; default: 0")
     option(
         "--precision",
         choices=("float32", "bfloat16"),
@@ -51,7 +51,7 @@ def run(options: Namespace) -> int:
         f.name: getattr(options, f.name) for f in fields(Settings) if getattr(options, f.name) is not None
     }
     for name in ("d_model", "layers", "row", "batch", "steps", "minutes", "lr"):
-        if given.get(name, 1) <= 0:
+        if not given.get(name, 1) > 0:
             raise CommandError(f"--{name.replace('_', '-')} must be above 0, got {given[name]}")
     if "data" in given:
         given["data"] = str(Path(given["data"]).absolute())

@@ -57,6 +57,9 @@ class LMConfig:
     def __post_init__(self) -> None:
         if self.layer not in LAYERS:
             raise ValueError(f"LMConfig: layer must be one of {sorted(LAYERS)}, got {self.layer!r}")
+        for name, least in (("vocab_size", 1), ("d_model", 1), ("n_layer", 1), ("d_intermediate", 0)):
+            if getattr(self, name) < least:
+                raise ValueError(f"LMConfig: {name} must be at least {least}, got {getattr(self, name)}")
         for name in ("attn_layer_idx", "mlp_layer_idx", "shared_layer_idx"):
             chosen = getattr(self, name)
             if chosen is None:

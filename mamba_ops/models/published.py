@@ -140,6 +140,8 @@ def _read(folder: Path) -> dict[str, Tensor]:
     else:
         weights = dict(_read_shards(folder, _weight_map(folder / name)))
     for key, tensor in weights.items():
+        if not isinstance(key, str):
+            raise CheckpointError(f"{folder}: weights must be named by strings, got {key!r}")
         if not isinstance(tensor, Tensor) or not tensor.is_floating_point():
             what = tensor.dtype if isinstance(tensor, Tensor) else type(tensor).__name__
             raise CheckpointError(f"{folder}: {key} must be a floating-point tensor, got {what}")
