@@ -43,6 +43,8 @@ def selective_scan(
         o[t] = sum_n C[t] * h[t] + D * u[t]          (twice the real part of the sum where A is complex)
         y[t] = o[t] * silu(z[t]) if z is given else o[t]
 
+    Besides its inputs the backward keeps one state (d, n) in 128 tokens, on CUDA in 64.
+
     Args:
         u: (b, d, l), float32, bfloat16, float16 or float64; any strides ((b, l, d) memory transposed is as
             good).
