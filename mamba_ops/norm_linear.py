@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from . import _C
 from ._library import register_fake
 from .add_norm import add_rms_norm
 from .norm import rms_norm_gated
@@ -13,7 +14,7 @@ from .state_update import causal_conv1d_update, prepare
 
 _norm_linear = torch.ops.mamba_ops.norm_linear.default
 _norm_linear_conv = torch.ops.mamba_ops.norm_linear_conv.default
-_MAX_ROWS, _MAX_WIDTH = 8, 8192  # more rows: torch's product is as fast; wider: no room on small GPUs
+_MAX_ROWS, _MAX_WIDTH = _C.norm_linear_limits()
 
 
 def norm_linear(
@@ -108,6 +109,8 @@ def norm_linear_conv(
     (tensor([[8.0000, 7.9973]]), tensor([[[8.]]]))
     """
     prepare("norm_linear_conv", conv_state, x, weight, bias, norm_weight, conv_weight, conv_bias, residual)
+    if conv_weight.dim() != 2:
+        raise ValueError(f"norm_linear_conv: conv_weight must be (d, w), got {tuple(conv_weight.shape)}")
     d, w = conv_weight.shape
     if not 0 <= begin <= weight.shape[0] - d:
         raise ValueError(

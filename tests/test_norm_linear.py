@@ -246,6 +246,13 @@ def test_conv_outside_of_y(begin: int) -> None:
         mamba_ops.norm_linear_conv(**cases.norm_linear_conv(begin=begin))
 
 
+def test_conv_weight_of_other_dims() -> None:
+    inputs = cases.norm_linear_conv()
+    for wrong in (inputs["conv_weight"][:, 0], inputs["conv_weight"][:, None]):
+        with pytest.raises(ValueError, match=r"norm_linear_conv: conv_weight must be \(d, w\), got \(6,"):
+            mamba_ops.norm_linear_conv(**inputs | {"conv_weight": wrong})
+
+
 # --- the kernel -------------------------------------------------------------------------------------------
 
 
