@@ -288,7 +288,10 @@ def test_frozen_arguments(name: str, frozen: str) -> None:
         ("mamba_inner", {"out_proj_weight": torch.ones(3, 4).double()}, "out_proj_weight must be float32"),
         ("mamba_inner", {"B": torch.ones(4, 2)}, "the bias and norm of B need it projected"),
         ("mamba_inner", {"dt_rms_weight": torch.ones(5)}, r"dt_rms_weight must be \(d\) = \(4\)"),
-        ("mamba_inner", {"conv_state": torch.ones(2, 4, 2)}, "initial_state must be"),
+        ("mamba_inner", {"conv_state": torch.ones(2, 4, 2)}, r"conv_state must be .* = \(2, 4, 3\), got"),
+        ("mamba_inner", {"conv1d_weight": torch.ones(4, 1, 4)}, r"conv1d_weight must be \(d, w\) = \(4, w\)"),
+        ("mamba_inner", {"A": torch.ones(4, 0)}, r"A must be \(d, n\) with n >= 1"),
+        ("mamba_split_conv1d_scan", {"conv_state": torch.ones(3, 9, 3)}, "conv_state must be .*, got"),
         ("mamba_split_conv1d_scan", {"zxbcdt": torch.ones(2, 9, 47)}, "zxbcdt must have .* columns, got 47"),
         ("mamba_split_conv1d_scan", {"conv1d_weight": torch.ones(9, 4)}, "conv1d_weight must have .*, got 9"),
         ("mamba_split_conv1d_scan", {"ngroups": 3}, "ngroups divide h = 4, got 2 and 3"),
@@ -305,6 +308,13 @@ def test_frozen_arguments(name: str, frozen: str) -> None:
 def test_errors(name: str, change: dict[str, Any], message: str) -> None:
     with pytest.raises(RuntimeError, match=message):
         getattr(mamba_ops, name)(**full(name) | change)
+
+
+def test_no_heads() -> None:
+    out = mamba_ops.mamba_split_conv1d_scan(
+        torch.ones(2, 5, 8), torch.ones(8, 4), None, None, torch.ones(0), headdim=3, ngroups=2
+    )
+    assert out.shape == (2, 5, 0)
 
 
 def test_unknown_activation() -> None:

@@ -52,6 +52,7 @@ struct Layer {
     check.shape("xz", a.xz, "(b, 2 d, l)", {-1, -1, -1});
     check.device("A", a.A);
     check.shape("A", a.A, "(d, n)", {-1, -1});
+    check.that(a.A.size(1) >= 1, "A must be (d, n) with n >= 1, got " + shape_of(a.A));
     b = a.xz.size(0), l = a.xz.size(2), d = a.A.size(0);
     complex = a.A.scalar_type() == ScalarType::ComplexFloat || a.A.scalar_type() == ScalarType::ComplexDouble;
     width = a.A.size(1) * (complex ? 2 : 1);
@@ -63,7 +64,7 @@ struct Layer {
     r = a.delta_proj_weight.size(1), projected_columns = a.x_proj_weight.size(0);
     m = a.out_proj_weight.size(0);
     if (a.out_proj_bias) check.all("out_proj_bias", *a.out_proj_bias, "(m)", {m}, {ScalarType::Float, type});
-    const int64_t factors = !a.B + !a.C, rows = (projected_columns - r) / std::max<int64_t>(width, 1);
+    const int64_t factors = !a.B + !a.C, rows = (projected_columns - r) / width;
     check.that(projected_columns == r + rows * width && factors <= rows && rows <= 2,
                "x_proj_weight must have r + 2 n = " + std::to_string(r + 2 * width) + " rows, got " +
                    std::to_string(projected_columns));
@@ -81,7 +82,9 @@ struct Layer {
       check.that(!complex || !f->rms_weight, std::string(f->rms_name) + " needs a real A, got a complex one");
     }
     if (a.dt_rms_weight) check.all("dt_rms_weight", *a.dt_rms_weight, "(d)", {d}, {ScalarType::Float, type});
-    check_sequences(check, b, l, a.seq_idx, a.cu_seqlens);
+    check.all("conv1d_weight", a.conv1d_weight, "(d, w)", {d, -1}, {ScalarType::Float, type});
+    check_conv_state(check, a.conv_state, check_sequences(check, b, l, a.seq_idx, a.cu_seqlens),
+                     a.conv1d_weight);
   }
 
   Tensor tokens(int64_t width) const { return empty_tokens(b, l, width, token_last, a.xz); }
@@ -122,10 +125,10 @@ struct Layer {
   // Copies between (b, l, 2 n) and a complex matrix.
   void to_complex(Tensor matrix, const Tensor& t) const {
     Tensor parts = call("aten::view_as_real", "", columns_of(matrix));
-    torch::stable::copy_(parts, split_columns(t, width / 2));
+    torch::stable::copy_(parts, split_columns(t, width / 2, 2));
   }
   void from_complex(const Tensor& t, const Tensor& matrix) const {
-    Tensor parts = split_columns(t, width / 2);
+    Tensor parts = split_columns(t, width / 2, 2);
     torch::stable::copy_(parts, call("aten::view_as_real", "", columns_of(matrix)));
   }
 

@@ -63,11 +63,12 @@ struct Layer {
       check.that(a.outproj_weight.has_value(), "outproj_bias needs outproj_weight");
       check.all("outproj_bias", *a.outproj_bias, "(m)", {m}, {ScalarType::Float, type});
     }
-    check_sequences(check, b, l, a.seq_idx, a.cu_seqlens);
+    check_conv_state(check, a.conv_state, check_sequences(check, b, l, a.seq_idx, a.cu_seqlens),
+                     a.conv1d_weight);
   }
 
   Tensor tokens(int64_t width) const { return empty({b, l, width}, type, a.zxbcdt); }
-  Tensor by_heads(const Tensor& t) const { return split_columns(t, h); }
+  Tensor by_heads(const Tensor& t) const { return split_columns(t, h, a.headdim); }
   Columns split(const Tensor& t) const {
     return {.z0 = columns(t, 0, k),
             .x0 = columns(t, k, k),
@@ -103,8 +104,9 @@ struct Layer {
   // x (b, l, h, p), B and C (b, l, g, n) in the columns that the convolution gives, or their gradients.
   std::tuple<Tensor, Tensor, Tensor> factors(const Tensor& xBC) const {
     const int64_t each = (conv - d) / 2;
-    return {by_heads(columns(xBC, 0, d)), split_columns(columns(xBC, d, each), a.ngroups),
-            split_columns(columns(xBC, d + each, each), a.ngroups)};
+    const int64_t n = each / a.ngroups;
+    return {by_heads(columns(xBC, 0, d)), split_columns(columns(xBC, d, each), a.ngroups, n),
+            split_columns(columns(xBC, d + each, each), a.ngroups, n)};
   }
   parts::SsdInputs scan(const Tensor& xBC) const {
     const auto [x, B, C] = factors(xBC);

@@ -54,6 +54,12 @@ void multiply(const Tensor& out, const Tensor& x, const Tensor& w, const OptTens
 
 }  // namespace
 
+void check_conv_state(const Checker& check, const OptTensor& state, int64_t rows, const Tensor& weight) {
+  if (!state) return;
+  check.device("conv_state", *state);
+  check.shape("conv_state", *state, "(b or s, channels, w - 1)", {rows, weight.size(0), weight.size(1) - 1});
+}
+
 Tensor view_of(const Tensor& t, std::initializer_list<int64_t> sizes, std::initializer_list<int64_t> strides,
                int64_t offset) {
   AtenTensorHandle view = nullptr;
@@ -71,8 +77,7 @@ Tensor transposed(const Tensor& t) {
   return view_of(t, {t.size(0), t.size(2), t.size(1)}, {t.stride(0), t.stride(2), t.stride(1)});
 }
 
-Tensor split_columns(const Tensor& t, int64_t groups) {
-  const int64_t c = t.size(2) / groups;
+Tensor split_columns(const Tensor& t, int64_t groups, int64_t c) {
   return view_of(t, {t.size(0), t.size(1), groups, c},
                  {t.stride(0), t.stride(1), c * t.stride(2), t.stride(2)});
 }

@@ -5,13 +5,16 @@
 
 namespace mamba_ops {
 
+// The state of a layer's convolution, by its name there; rows: of the states.
+void check_conv_state(const Checker& check, const OptTensor& state, int64_t rows, const Tensor& weight);
+
 // Memory of t, `offset` elements from its first one.
 Tensor view_of(const Tensor& t, std::initializer_list<int64_t> sizes, std::initializer_list<int64_t> strides,
                int64_t offset = 0);
-// (b, l, c) -> (b, l, count); (b, l, c) -> (b, c, l); (b, l, g c) -> (b, l, g, c)
+// (b, l, c) -> (b, l, count); (b, l, c) -> (b, c, l); (b, l, groups c) -> (b, l, groups, c)
 Tensor columns(const Tensor& t, int64_t begin, int64_t count);
 Tensor transposed(const Tensor& t);
-Tensor split_columns(const Tensor& t, int64_t groups);
+Tensor split_columns(const Tensor& t, int64_t groups, int64_t c);
 inline Tensor as_type(const Tensor& t, ScalarType type) {
   return t.scalar_type() == type ? t : torch::stable::to(t, type);
 }
