@@ -172,6 +172,7 @@ def test_a_full_cache_says_so() -> None:
     [
         ({"num_heads": 3}, "num_heads must divide d_model = 16, got 3"),
         ({"num_heads": 4, "num_heads_kv": 3}, "num_heads_kv must divide num_heads = 4, got 3"),
+        ({"num_heads": 2, "head_dim": 0}, "head_dim must be at least 1, got 0"),
         ({"num_heads": 2, "rotary_emb_dim": 3}, "rotary_emb_dim must be even"),
         ({"num_heads": 2, "rotary_emb_dim": 10}, "in 0..head_dim = 8, got 10"),
         ({"num_heads": 2, "window": 0}, "window must be at least 1"),
@@ -194,6 +195,8 @@ def test_bad_input() -> None:
         layer(x.expand(2, -1, -1), cu_seqlens=torch.tensor([0, 4]))
     with pytest.raises(ValueError, match=r"seq_idx must be \(b, l\)"):
         layer(x, seq_idx=torch.zeros(1, 3, dtype=torch.int32))
+    with pytest.raises(ValueError, match="integers, got .* torch.float32"):
+        layer(x, seq_idx=torch.zeros(1, 4))
     with pytest.raises(ValueError, match="neither a cache nor cu_seqlens"):
         layer(x, seq_idx=torch.zeros(1, 4, dtype=torch.int32), cu_seqlens=torch.tensor([0, 4]))
     with pytest.raises(ValueError, match="must have 1 rows, got 2"):

@@ -126,6 +126,12 @@ def test_arguments_without_effect_are_accepted() -> None:
     [
         (lambda: Mamba(16, dt_init="zero"), "dt_init"),
         (lambda: Mamba(16, d_conv=5), "d_conv must be 2, 3 or 4, got 5"),
+        (lambda: Mamba(0), "d_model must be at least 1, got 0"),
+        (lambda: Mamba(16, dt_rank=0), "dt_rank must be at least 1, got 0"),
+        (lambda: Mamba(16, dt_min=0.0), "dt_min and dt_max must be above 0, got 0.0"),
+        (lambda: Mamba2(16, headdim=0), "headdim must be at least 1, got 0"),
+        (lambda: Mamba2(16, headdim=8, ngroups=0), "ngroups must be at least 1, got 0"),
+        (lambda: Mamba2(16, headdim=8, dt_limit=(1.0,)), r"dt_limit must be \(low, high\), got \(1.0,\)"),
         (lambda: Mamba2(16, headdim=5), "headdim must divide d_ssm = 32, got 5"),
         (lambda: Mamba2(16, headdim=8, ngroups=3), "ngroups must divide the 4 heads, got 3"),
         (lambda: Mamba2(16, headdim=8, d_ssm=64), "d_ssm must be in 1..32"),

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from ..causal_conv1d import causal_conv1d
 from ..state_update import causal_conv1d_update
 from .cache import AttentionCache, carry, check_sequence, initial_state
-from .init import Device, depthwise_conv
+from .init import Device, check_sizes, depthwise_conv
 from .rotary import rotate
 from .token import project, token_rows
 
@@ -87,6 +87,7 @@ class Attention(nn.Module):
         if head_dim is None and d_model % num_heads:
             raise ValueError(f"Attention: num_heads must divide d_model = {d_model}, got {num_heads}")
         self.head_dim = d_model // num_heads if head_dim is None else head_dim
+        check_sizes("Attention", d_model=d_model, head_dim=self.head_dim)
         if not causal:
             raise ValueError("Attention: causal must be True: a language model does not look ahead")
         if not 0 <= rotary_emb_dim <= self.head_dim or rotary_emb_dim % 2:
@@ -360,8 +361,11 @@ def _places(
         start = pack[:-1] if cache is None else pack[:-1] - cache.length
         return sequence[None], (token - start[sequence])[None]
     if seq_idx is not None:  # positions count on across sequences: only distances within one matter
-        if seq_idx.shape != (b, l):
-            raise ValueError(f"Attention: seq_idx must be (b, l) = {(b, l)}, got {tuple(seq_idx.shape)}")
+        if seq_idx.shape != (b, l) or seq_idx.is_floating_point():
+            raise ValueError(
+                f"Attention: seq_idx must be (b, l) = {(b, l)} integers, "
+                f"got {tuple(seq_idx.shape)} {seq_idx.dtype}"
+            )
         changes = F.pad(seq_idx[:, 1:] != seq_idx[:, :-1], (1, 0))[:, :l]
         return changes.cumsum(1), token[None]
     return None, token[None] if cache is None else cache.length[:, None] + token

@@ -10,6 +10,13 @@ from torch import Tensor, nn
 Device = torch.device | str | None
 
 
+def check_sizes(layer: str, **sizes: int) -> None:
+    """Raises ValueError for a size below one."""
+    for name, size in sizes.items():
+        if size < 1:
+            raise ValueError(f"{layer}: {name} must be at least 1, got {size}")
+
+
 def depthwise_conv(
     channels: int, width: int, bias: bool, device: Device, dtype: torch.dtype | None
 ) -> nn.Conv1d:
@@ -32,6 +39,8 @@ def random_step_bias(
     size: int, dt_min: float, dt_max: float, floor: float, device: Device, dtype: torch.dtype | None
 ) -> Tensor:
     """(size,) biases whose softplus is log-uniform in [dt_min, dt_max], and at least floor."""
+    if not (dt_min > 0 and dt_max > 0):
+        raise ValueError(f"dt_min and dt_max must be above 0, got {dt_min} and {dt_max}")
     span = math.log(dt_max) - math.log(dt_min)
     dt = torch.exp(torch.rand(size, device=device, dtype=torch.float32) * span + math.log(dt_min))
     dt = dt.clamp(min=floor)

@@ -14,7 +14,7 @@ from ..mamba_inner import mamba_inner
 from ..selective_scan import selective_scan
 from ..state_update import causal_conv1d_update, selective_state_update
 from .cache import LayerCache, carry, check_sequence, decay_rate, initial_state, state_dtype_of
-from .init import Device, depthwise_conv, no_weight_decay, random_step_bias
+from .init import Device, check_sizes, depthwise_conv, no_weight_decay, random_step_bias
 from .norm import RMSNormGated
 from .token import is_plain, project, project_and_convolve, token_rows
 
@@ -77,6 +77,7 @@ class Mamba(nn.Module):
         self.expand = expand
         self.d_inner = int(expand * d_model)
         self.dt_rank = math.ceil(d_model / 16) if dt_rank == "auto" else dt_rank
+        check_sizes("Mamba", d_model=d_model, d_state=d_state, d_inner=self.d_inner, dt_rank=self.dt_rank)
         self.use_fast_path = use_fast_path
         self.layer_idx = layer_idx
         self.activation = "silu"

@@ -10,12 +10,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from .._library import step_limits
 from ..causal_conv1d import causal_conv1d
 from ..mamba_split_conv1d_scan import mamba_split_conv1d_scan
 from ..ssd import ssd
 from ..state_update import causal_conv1d_update, ssd_state_update
 from .cache import LayerCache, carry, check_sequence, decay_rate, initial_state, state_dtype_of
-from .init import Device, depthwise_conv, no_weight_decay, random_step_bias
+from .init import Device, check_sizes, depthwise_conv, no_weight_decay, random_step_bias
 from .norm import RMSNormGated
 from .token import is_plain, norm_and_project, project, project_and_convolve, token_rows
 
@@ -96,6 +97,7 @@ class Mamba2(nn.Module):
         super().__init__()
         if process_group is not None:
             raise ValueError("Mamba2: process_group must be None: this layer does not split over processes")
+        check_sizes("Mamba2", d_model=d_model, d_state=d_state, headdim=headdim, ngroups=ngroups)
         self.d_model = d_model
         self.d_state = d_state
         self.d_conv = d_conv
@@ -108,7 +110,7 @@ class Mamba2(nn.Module):
         self.D_has_hdim = D_has_hdim
         self.rmsnorm = rmsnorm
         self.norm_before_gate = norm_before_gate
-        self.dt_limit = (float(dt_limit[0]), float(dt_limit[1]))
+        self.dt_limit = step_limits("Mamba2", dt_limit)
         self.chunk_size = chunk_size
         self.use_mem_eff_path = use_mem_eff_path
         self.layer_idx = layer_idx
