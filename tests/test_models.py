@@ -345,6 +345,11 @@ def test_a_loaded_model_trains(tmp_path: Path) -> None:
     assert all(p.grad is not None for p in model.parameters())
 
 
+def test_a_folder_that_is_not_there(tmp_path: Path) -> None:
+    with pytest.raises(OSError, match="cannot write .*none"):
+        save_checkpoint(tmp_path / "none" / "a", LanguageModel(CONFIGS["mamba"]))
+
+
 def test_a_failed_write_leaves_the_old_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "a"
     save_checkpoint(path, LanguageModel(CONFIGS["mamba"]), step=1)

@@ -253,6 +253,7 @@ def test_configs_of_transformers(tmp_path: Path, changes: dict[str, Any], messag
         ({"ssm_cfg": {"layer": "Mamba2", "heads": 2}}, "unexpected keyword argument 'heads'"),
         ({"ssm_cfg": 5}, "describes no model"),
         ({"rms_norm": False}, "rms_norm must be true"),
+        ({"pad_vocab_size_multiple": 0}, "describes no model"),
         ({"attn_cfg": {"num_heads": 2}}, "attn_cfg.causal must be true"),
         ({"moe": 8}, r"unknown entries \['moe'\]"),
         ({"attn_layer_idx": [3]}, "attn_layer_idx must lie in 0..n_layer - 1 = 2"),
@@ -328,6 +329,8 @@ def test_models_that_the_others_do_not_have(tmp_path: Path, name: str) -> None:
     for naming in ("transformers", "mamba_ssm"):
         with pytest.raises(ValueError, match=f"{naming} has no model with this"):
             save_pretrained(LanguageModel(CONFIGS[name]), tmp_path / "a", naming=naming)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="shard_bytes must be at least 1, got 0"):
+        save_pretrained(shaken(CONFIGS["mamba"]), tmp_path, shard_bytes=0)
     with pytest.raises(ValueError, match="naming must be"):
         save_pretrained(LanguageModel(SMALL["mamba"]), tmp_path / "a", naming="jax")  # type: ignore[arg-type]
     assert not (tmp_path / "a").exists()

@@ -243,6 +243,8 @@ def test_bad_input() -> None:
         session.extend([[1], []])
     with pytest.raises(ValueError, match=r"prompt 1 must hold tokens in 0..18, got 19..19"):
         session.extend([[1], [19]])
+    with pytest.raises(ValueError, match="prompt 0 must hold integers, got torch.float32"):
+        session.extend([[1.5], [2]])  # type: ignore[list-item]
     with pytest.raises(ValueError, match="graph needs a model on a GPU"):
         Session(make("mamba"), 2, graph=True)
     with pytest.raises(ValueError, match="needs max_length"):

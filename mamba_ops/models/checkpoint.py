@@ -71,8 +71,6 @@ def save_checkpoint(
     7
     """
     require_safetensors()
-    from safetensors.torch import save_file
-
     weights = model.state_dict()
     if model.config.tie_embeddings:
         del weights["lm_head.weight"]
@@ -85,7 +83,7 @@ def save_checkpoint(
         "info": json.dumps(info or {}),
     }
     with replacing(path) as temporary:
-        save_file(tensors, temporary, metadata)
+        write_safetensors(tensors, temporary, metadata)
 
 
 def load_checkpoint(path: str | os.PathLike[str], device: Device = "cpu") -> Checkpoint:
@@ -174,6 +172,17 @@ def read_safetensors(
             return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
     except (SafetensorError, OSError) as error:
         raise CheckpointError(f"{path} is not a whole safetensors file: {error}") from error
+
+
+def write_safetensors(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str]) -> None:
+    """Writes a file, of which safetensors is known to be installed. Raises OSError where it cannot."""
+    from safetensors import SafetensorError
+    from safetensors.torch import save_file
+
+    try:
+        save_file(tensors, path, metadata)
+    except SafetensorError as error:
+        raise OSError(f"cannot write {path}: {error}") from error
 
 
 def require_safetensors() -> None:

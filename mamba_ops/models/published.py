@@ -15,7 +15,14 @@ import torch
 from torch import Tensor
 
 from ..nn.init import Device
-from .checkpoint import CheckpointError, assemble, read_safetensors, replacing, require_safetensors
+from .checkpoint import (
+    CheckpointError,
+    assemble,
+    read_safetensors,
+    replacing,
+    require_safetensors,
+    write_safetensors,
+)
 from .lm import LanguageModel
 from .naming import Naming, read_config, read_weights, write_config, write_weights
 
@@ -54,7 +61,7 @@ def load_pretrained(
         raise CheckpointError(f"no checkpoint in {folder}: there is no {CONFIG}")
     try:
         config = read_config(_json(folder / CONFIG))
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
+    except (KeyError, TypeError, ValueError, AttributeError, ArithmeticError) as error:
         raise CheckpointError(f"{folder / CONFIG} describes no model that we have: {error}") from error
     weights = read_weights(_read(folder))
     embedding, head = (weights.get(f"{name}.weight") for name in ("backbone.embedding", "lm_head"))
@@ -88,12 +95,14 @@ def save_pretrained(
         overwrite: replace a checkpoint that is there.
 
     Raises:
-        ValueError: naming is neither, or that library has no such model.
+        ValueError: naming is neither, that library has no such model, or shard_bytes is below 1.
         CheckpointError: a checkpoint is there, or safetensors is not installed.
         OSError: a file cannot be written; earlier ones stay.
     """
     if naming not in ("transformers", "mamba_ssm"):
         raise ValueError(f'save_pretrained: naming must be "transformers" or "mamba_ssm", got {naming!r}')
+    if shard_bytes is not None and shard_bytes < 1:
+        raise ValueError(f"save_pretrained: shard_bytes must be at least 1, got {shard_bytes}")
     config = write_config(model.config, naming)
     folder = Path(folder)
     old = _present(folder)
@@ -104,9 +113,7 @@ def save_pretrained(
     write: Callable[[dict[str, Tensor], Path], None] = torch.save
     if naming == "transformers":
         require_safetensors()
-        from safetensors.torch import save_file
-
-        write = partial(save_file, metadata={"format": "pt"})
+        write = partial(write_safetensors, metadata={"format": "pt"})
         config["dtype"] = str(model.lm_head.weight.dtype).removeprefix("torch.")
         if model.config.tie_embeddings:
             del weights["lm_head.weight"]

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ..nn import AttentionCache
 from ..nn.cache import STATE_DTYPES
-from .checkpoint import CheckpointError, read_safetensors, replacing, require_safetensors
+from .checkpoint import CheckpointError, read_safetensors, replacing, require_safetensors, write_safetensors
 from .graph import StepGraph
 from .lm import LanguageModel, Pass
 from .sampling import Sampling
@@ -204,8 +204,6 @@ class Session:
             OSError: the file cannot be written; an earlier one stays.
         """
         require_safetensors()
-        from safetensors.torch import save_file
-
         tensors = {CACHE + name: t for name, t in self.cache.tensors().items()}
         tensors |= {
             name: t for name, t in (("logits", self.logits), ("pending", self.pending)) if t is not None
@@ -219,7 +217,9 @@ class Session:
             "seen": json.dumps([cache.seen for cache in self.cache if isinstance(cache, AttentionCache)]),
         }
         with replacing(path) as temporary:
-            save_file({name: t.clone().contiguous() for name, t in tensors.items()}, temporary, metadata)
+            write_safetensors(
+                {name: t.clone().contiguous() for name, t in tensors.items()}, temporary, metadata
+            )
 
     @classmethod
     def load(
@@ -311,8 +311,11 @@ class Session:
         if len(prompts) != self.batch_size:
             raise ValueError(f"generate: there must be {self.batch_size} prompts, got {len(prompts)}")
         vocab_size = self.model.config.vocab_size
-        rows = [torch.as_tensor(row, dtype=torch.long, device="cpu") for row in prompts]
+        given = [torch.as_tensor(row, device="cpu") for row in prompts]
+        rows = [row.long() for row in given]
         for i, row in enumerate(rows):
+            if given[i].numel() and given[i].is_floating_point():
+                raise ValueError(f"generate: prompt {i} must hold integers, got {given[i].dtype}")
             if row.dim() != 1:
                 raise ValueError(f"generate: prompt {i} must be (l,), got {tuple(row.shape)}")
             if len(row) and not 0 <= int(row.min()) <= int(row.max()) < vocab_size:
