@@ -107,6 +107,19 @@ def test_empty(device: str, name: str, sizes: tuple[int, int]) -> None:
     check(name, inputs)
 
 
+@pytest.mark.parametrize("layout", ["contiguous", "transposed"])
+def test_projections_without_rows(device: str, layout: str) -> None:
+    inner = full("mamba_inner", layout=layout, device=device)
+    steps = {
+        "delta_proj_weight": inner["delta_proj_weight"][:, :0],
+        "x_proj_weight": inner["x_proj_weight"][2:],
+    }
+    check("mamba_inner", inner | steps)
+    for name, ends in (("mamba_inner", ("out_proj_",)), ("mamba_split_conv1d_scan", ("outproj_",))):
+        inputs = full(name, layout=layout, device=device)
+        check(name, inputs | {k: v[:0] for k, v in inputs.items() if k.startswith(ends)})
+
+
 @pytest.mark.parametrize("loss", LOSS)
 @pytest.mark.parametrize("name", LAYER_OPERATORS)
 def test_a_loss_of_one_output(device: str, name: str, loss: str) -> None:

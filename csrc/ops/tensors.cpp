@@ -26,7 +26,9 @@ Tensor merged(const Tensor& t) {
   return view_of(t, {t.size(0) * t.size(1), t.size(2)}, {t.stride(t.size(1) == 1 ? 0 : 1), t.stride(2)});
 }
 
-Tensor rows(const Tensor& t) { return merges(t) ? merged(t) : torch::stable::reshape(t, {-1, t.size(2)}); }
+Tensor rows(const Tensor& t) {
+  return merges(t) ? merged(t) : torch::stable::reshape(t, {t.size(0) * t.size(1), t.size(2)});
+}
 
 Tensor flipped(const Tensor& matrix) {
   return view_of(matrix, {matrix.size(1), matrix.size(0)}, {matrix.stride(1), matrix.stride(0)});
