@@ -1,4 +1,4 @@
-"""Bitwise equal results: run to run, for any number of threads, from many threads at once, after a fork."""
+"""Bitwise equal results: run to run, for any number of threads, from many at once, after a fork."""
 
 import hashlib
 import os
@@ -14,7 +14,7 @@ import pytest
 import torch
 
 import mamba_ops
-from tests import cases
+from tests import cases, layer_cases
 from tests.cases import CONV_OPTIONS, SCAN_OPTIONS, SSD_OPTIONS, Inputs
 from tests.compare import Results, evaluate
 
@@ -38,6 +38,7 @@ CASES: dict[str, tuple[str, Callable[..., Inputs], dict[str, Any]]] = {
     "conv wide": ("causal_conv1d", cases.causal_conv1d, {"b": 3, "d": 300, "l": 100, "layout": "transposed"}),
     "conv packed": ("causal_conv1d", cases.causal_conv1d, {"b": 2, "d": 100, "l": 3000, "pack": "seq_idx"}),
     "norm": ("rms_norm_gated", lambda **kw: cases.rms_norm_gated(900, 96, group_size=48, **kw), {}),
+    "add norm": ("add_rms_norm", lambda **kw: cases.add_rms_norm(900, 96, **kw), {}),
     "conv step": ("causal_conv1d_update", cases.causal_conv1d_update, {"b": 40, "d": 300, "rows": 64}),
     "scan step": ("selective_state_update", cases.selective_state_update, {"b": 40, "d": 300, "rows": 64}),
     "ssd step": ("ssd_state_update", cases.ssd_state_update, {"b": 40, "h": 8, "p": 32, "n": 32, "rows": 64}),
@@ -63,6 +64,18 @@ def test_any_number_of_threads_and_runs(case: str, dtype: torch.dtype) -> None:
     for threads in (1, 2, 2, 5):
         torch.set_num_threads(threads)
         assert_bitwise(results(case, dtype), expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", layer_cases.LAYER_OPERATORS)
+def test_whole_layers_with_as_many_threads(name: str, dtype: torch.dtype) -> None:
+    """Their matrix products are torch's, which sums differently with more threads."""
+    inputs = layer_cases.full(name, 300, dtype=dtype)
+    for threads in (1, 2):
+        torch.set_num_threads(threads)
+        expected = evaluate(getattr(mamba_ops, name), inputs, layer_cases.LOSS)
+        for _ in range(3):
+            assert_bitwise(evaluate(getattr(mamba_ops, name), inputs, layer_cases.LOSS), expected)
 
 
 def test_callers_in_many_threads() -> None:
