@@ -16,7 +16,7 @@ import torch
 
 from mamba_ops import _C
 from mamba_ops.__main__ import main
-from mamba_ops.commands import corpus, measure, trainer
+from mamba_ops.commands import corpus, doctor, measure, trainer
 from mamba_ops.models import (
     LanguageModel,
     LMConfig,
@@ -322,6 +322,26 @@ def test_doctor_names_what_forces_an_instruction_set() -> None:
         timeout=60,
     )
     assert "kernels for base" in done.stdout and "unset MAMBA_OPS_CPU_ISA" in done.stdout
+
+
+def test_doctor_tells_of_operators_that_fail(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def failing(name: str, device: str) -> bool:
+        if name == "ssd":
+            raise RuntimeError("ssd: of no use\nhere")
+        return name != "causal_conv1d"
+
+    monkeypatch.setattr(doctor, "_agrees", failing)
+    assert main(["doctor"]) == 1
+    out = " ".join(capsys.readouterr().out.split())
+    for part in (
+        "causal_conv1d WRONG cpu",
+        "ssd FAILED ssd: of no use here",
+        "selective_scan right",
+        "no right results from causal_conv1d on cpu, ssd on cpu",
+    ):
+        assert part in out
 
 
 def test_doctor(capsys: pytest.CaptureFixture[str]) -> None:

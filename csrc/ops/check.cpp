@@ -74,6 +74,14 @@ void fail(const char* op, const std::string& message) {
   throw std::runtime_error(std::string(op) + ": " + message);
 }
 
+void no_cuda_kernel(const char* op) {
+  fail(
+      op,
+      "got CUDA tensors, but mamba_ops was built without CUDA; run `python -m mamba_ops doctor` to see why, "
+      "then reinstall with MAMBA_OPS_WITH_CUDA=ON (nvcc on the PATH) or MAMBA_OPS_WITH_CUDA=WHEEL (nvcc from "
+      "PyPI)");
+}
+
 Checker::Checker(const char* op, const Tensor& first) : op_(op) {
   if (!first.defined()) fail(op, "the first tensor is not optional, got None");
   cuda_ = first.is_cuda();

@@ -26,6 +26,8 @@ const char* name_of(ScalarType type);
 
 // Throws std::runtime_error with "op: message".
 [[noreturn]] void fail(const char* op, const std::string& message);
+// Ends a call that got CUDA tensors in a build without CUDA kernels.
+[[noreturn]] void no_cuda_kernel(const char* op);
 
 // One call's checks: they share the operator's name and the device that the first tensor sets.
 class Checker {

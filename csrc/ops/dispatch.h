@@ -53,7 +53,4 @@ void for_units(int64_t n, size_t scratch_bytes, const F& f) {
                               });
 }
 
-// Ends a call that got CUDA tensors in a build, or for an operator, without CUDA kernels.
-[[noreturn]] void no_cuda_kernel(const char* op);
-
 }  // namespace mamba_ops

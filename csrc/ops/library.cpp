@@ -2,7 +2,6 @@
 // g groups, w conv width, s sequences in a pack. Absent outputs have 0 elements.
 #include <torch/csrc/stable/library.h>
 
-#include "ops/dispatch.h"
 #include "ops/ops.h"
 
 STABLE_TORCH_LIBRARY(mamba_ops, m) {
@@ -129,22 +128,6 @@ STABLE_TORCH_LIBRARY(mamba_ops, m) {
       "Tensor? dt_bias, Tensor? state_indices, bool dt_softplus, float dt_min, float dt_max, "
       "bool A_is_log=False) -> Tensor");
 }
-
-namespace mamba_ops {
-
-void no_cuda_kernel(const char* op) {
-#ifdef USE_CUDA
-  fail(op, "has no CUDA kernel in this version; move the tensors to the CPU");
-#else
-  fail(op,
-       "got CUDA tensors, but mamba_ops was built without CUDA; run `python -m mamba_ops doctor` to see why, "
-       "then "
-       "reinstall with MAMBA_OPS_WITH_CUDA=ON (nvcc on the PATH) or MAMBA_OPS_WITH_CUDA=WHEEL (nvcc from "
-       "PyPI)");
-#endif
-}
-
-}  // namespace mamba_ops
 
 // One host function serves both devices.
 #define MAMBA_IMPL(name) m.impl(#name, TORCH_BOX(&mamba_ops::name))
