@@ -84,6 +84,7 @@ def mamba_inner(
 
     Raises:
         RuntimeError: shapes, dtypes, devices or offsets disagree (the message names the argument).
+        TypeError: initial_state is of integers, or complex where A is not.
 
     Source: Gu & Dao 2023, figure 3; the interface is mamba_ssm's; checked against
     `mamba_ops.reference.mamba_inner`.

@@ -87,7 +87,8 @@ def mamba_split_conv1d_scan(
 
     Raises:
         RuntimeError: shapes, dtypes, devices or offsets disagree (the message names the argument).
-        ValueError: an unknown activation.
+        TypeError: initial_state is not of floating-point numbers.
+        ValueError: an unknown activation, or a dt_limit that is no pair.
 
     Source: Dao & Gu 2024, section 7; the interface is mamba_ssm's; checked against
     `mamba_ops.reference.mamba_split_conv1d_scan`.

@@ -62,7 +62,7 @@ def selective_scan(
         seq_idx: (b, l) integers: the state is reset where neighbours differ. The initial state enters the
             first stretch of a row, the final state is that of the last one.
         cu_seqlens: (s + 1) offsets from 0 to l of s sequences packed in one row (b = 1), each with states
-            of its own.
+            of its own. On a GPU they are not read by the host: with bad ones every output is NaN.
         return_final_state: also return the state after the last token.
 
     Returns:
@@ -72,6 +72,7 @@ def selective_scan(
 
     Raises:
         RuntimeError: shapes, dtypes, devices or offsets disagree (the message names the argument).
+        TypeError: initial_state is of integers, or complex where A is not.
 
     Source: Gu & Dao 2023, Algorithm 2; checked against `mamba_ops.reference.selective_scan`.
 

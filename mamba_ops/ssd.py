@@ -71,7 +71,7 @@ def ssd(
         seq_idx: (b, l) integers: the state is reset where neighbours differ. The initial state enters the
             first stretch of a row, the final state is that of the last one.
         cu_seqlens: (s + 1) offsets from 0 to l of s sequences packed in one row (b = 1), each with states
-            of its own.
+            of its own. On a GPU they are not read by the host: with bad ones every output is NaN.
         return_final_state: also return the state after the last token.
 
     Returns:
@@ -80,6 +80,8 @@ def ssd(
 
     Raises:
         RuntimeError: shapes, dtypes, devices, limits or offsets disagree (the message names the argument).
+        TypeError: initial_state is not of floating-point numbers.
+        ValueError: dt_limit is no pair.
 
     Source: Dao & Gu 2024, sections 5 and 6; checked against `mamba_ops.reference.ssd`.
 

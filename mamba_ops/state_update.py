@@ -148,6 +148,7 @@ def ssd_state_update(
     Raises:
         RuntimeError: shapes, dtypes, devices or indices disagree (the message names the argument), or a
             tensor requires gradients while they are recorded.
+        ValueError: dt_limit is no pair.
 
     Source: Dao & Gu 2024, section 5; checked against `mamba_ops.reference.ssd_state_update`.
 

@@ -64,7 +64,8 @@ def mamba_chunk_scan_combined(
         A, dt_bias: (nheads,). D: (nheads,) or (nheads, headdim).
         B, C: (batch, seqlen, ngroups, dstate).
         initial_states: (batch, nheads, headdim, dstate).
-        seq_idx: (batch, seqlen) integers: the state is reset where neighbours differ.
+        seq_idx: (batch, seqlen) integers: the state is reset where neighbours differ; not read beside
+            cu_seqlens, which says the same.
         cu_seqlens: (sequences + 1,) offsets from 0, batch 1; tokens behind the last one are a sequence more.
         return_final_states: also return the state after the last token, float32.
         return_varlen_states: also return the states after every sequence of cu_seqlens, (sequences, nheads,
