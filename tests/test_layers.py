@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from mamba_ops import Mamba, Mamba2, RMSNormGated
 from mamba_ops.nn import LayerCache
 from mamba_ops.nn.token import project
+from tests.conftest import missing_device
 
 Layer = Mamba | Mamba2
 
@@ -436,3 +437,21 @@ def test_hooks_run(layer: Layer, name: str) -> None:
     handle.remove()
     layer(x)
     assert calls == [name]
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_a_norm_s_own_forward_runs_in_steps(device: str) -> None:
+    """Where a GPU would take norm and projection in one launch."""
+
+    class Nothing(RMSNormGated):
+        def forward(self, x: Tensor, z: Tensor | None = None) -> Tensor:
+            return torch.zeros_like(x)
+
+    reason = missing_device("norm_linear", device)
+    if reason:
+        pytest.skip(reason)
+    layer = Mamba2(32, d_state=16, headdim=16, device=device, dtype=torch.bfloat16)
+    x, cache = torch.randn(2, 32, device=device, dtype=torch.bfloat16), layer.allocate_cache(2)
+    assert layer.step(x, cache).count_nonzero()
+    layer.norm.__class__ = Nothing
+    assert not layer.step(x, cache).count_nonzero()

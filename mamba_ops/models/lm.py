@@ -8,9 +8,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from ..add_norm import add_rms_norm
-from ..nn import Attention, AttentionCache, Cache, GatedMLP, LayerCache, Mamba, Mamba2, RMSNormGated
+from ..nn import Attention, AttentionCache, Cache, GatedMLP, LayerCache, Mamba, Mamba2
 from ..nn.init import Device
+from ..nn.norm import Norm
 from ..nn.token import project
 from .config import LAYERS, LMConfig
 from .state import ModelCache
@@ -51,20 +51,6 @@ class Pass:
     def transform(self, mlp: nn.Module, x: Tensor) -> Tensor:
         out: Tensor = mlp.step(x) if self.one_token else mlp(x)  # type: ignore[operator]
         return out
-
-
-class Norm(RMSNormGated):
-    """RMS norm of the residual stream, whose dtype may be wider than the layers'; returns the layers'."""
-
-    def forward(self, x: Tensor, z: Tensor | None = None) -> Tensor:
-        y = super().forward(x, z)
-        return y if x.dtype == self.weight.dtype else y.to(self.weight.dtype)
-
-    def add(self, out: Tensor | None, stream: Tensor) -> tuple[Tensor, Tensor]:
-        """Adds a layer's output to the stream: the normed sum for the next layer, and the sum."""
-        if out is None:  # before the first layer
-            return self(stream), stream
-        return add_rms_norm(out, stream, self.weight, eps=self.eps)
 
 
 class SharedBlock(nn.Module):

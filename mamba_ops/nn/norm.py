@@ -1,10 +1,11 @@
-"""RMS norm with an optional SiLU gate, as a module."""
+"""RMS norm with an optional SiLU gate, and that of a residual stream, as modules."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
 
+from ..add_norm import add_rms_norm
 from ..norm import rms_norm_gated
 from .init import Device
 
@@ -67,3 +68,17 @@ class RMSNormGated(nn.Module):
             f"{self.weight.shape[0]}, eps={self.eps}, group_size={self.group_size}, "
             f"norm_before_gate={self.norm_before_gate}"
         )
+
+
+class Norm(RMSNormGated):
+    """RMS norm of the residual stream, whose dtype may be wider than the layers'; returns the layers'."""
+
+    def forward(self, x: Tensor, z: Tensor | None = None) -> Tensor:
+        y = super().forward(x, z)
+        return y if x.dtype == self.weight.dtype else y.to(self.weight.dtype)
+
+    def add(self, out: Tensor | None, stream: Tensor) -> tuple[Tensor, Tensor]:
+        """Adds a layer's output to the stream: the normed sum for the next layer, and the sum."""
+        if out is None:  # before the first layer
+            return self(stream), stream
+        return add_rms_norm(out, stream, self.weight, eps=self.eps)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from ..norm_linear import fuses, norm_linear, norm_linear_conv
-from .norm import RMSNormGated
+from .norm import Norm, RMSNormGated
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -29,7 +29,7 @@ def is_plain(module: nn.Module, kind: type[M]) -> TypeGuard[M]:
 def _norm_fits(norm: RMSNormGated, x: Tensor) -> bool:
     """Whether norm does what norm_linear does before its product."""
     return (
-        is_plain(norm, type(norm))
+        any(is_plain(norm, kind) for kind in (RMSNormGated, Norm))
         and norm.weight.dtype in (x.dtype, torch.float32)
         and norm.group_size in (None, norm.weight.numel())
     )
