@@ -6,7 +6,9 @@ import torch
 from torch import Tensor
 
 from ._library import (
+    grad_like,
     is_silu,
+    kept,
     register_autocast,
     register_autograd,
     register_fake,
@@ -84,21 +86,9 @@ def _(
 
 
 @register_fake("causal_conv1d_bwd")
-def _(
-    dy: Tensor,
-    dfinal_state: Tensor | None,
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    initial_state: Tensor | None,
-    *_: Any,
-) -> tuple[Tensor, ...]:
-    return (
-        torch.empty_like(x),
-        torch.empty_like(weight),
-        x.new_empty(0) if bias is None else torch.empty_like(bias),
-        x.new_empty(0) if initial_state is None else torch.empty_like(initial_state),
-    )
+def _(dy: Tensor, dfinal_state: Tensor | None, x: Tensor, *rest: Any) -> tuple[Tensor, ...]:
+    # rest: weight, bias, initial_state, then what has no gradient
+    return (torch.empty_like(x), *(grad_like(t, x) for t in rest[:3]))
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
@@ -108,22 +98,10 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
 
 
 def _backward(ctx: Any, dy: Tensor | None, dfinal_state: Tensor | None) -> tuple[Tensor | None, ...]:
-    x, weight, bias, initial_state, seq_idx, cu_seqlens = ctx.saved_tensors
-    dy = torch.zeros_like(x) if dy is None else dy
-    dfinal_state = dfinal_state if ctx.has_state else None
-    dx, dweight, dbias, dinitial = _bwd(
-        dy, dfinal_state, x, weight, bias, initial_state, seq_idx, cu_seqlens, ctx.silu
-    )
-    return (
-        dx,
-        dweight,
-        None if bias is None else dbias,
-        None if initial_state is None else dinitial,
-        None,
-        None,
-        None,
-        None,
-    )
+    tensors = ctx.saved_tensors
+    dy = torch.zeros_like(tensors[0]) if dy is None else dy
+    grads = _bwd(dy, dfinal_state if ctx.has_state else None, *tensors, ctx.silu)
+    return (*kept(grads, tensors, ctx.needs_input_grad), *[None] * 4)
 
 
 register_autograd("causal_conv1d_fwd", _setup_context, _backward)

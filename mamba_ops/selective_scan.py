@@ -7,6 +7,8 @@ from torch import Tensor
 
 from ._library import (
     arithmetic_dtype,
+    grad_like,
+    kept,
     register_autocast,
     register_autograd,
     register_fake,
@@ -126,7 +128,7 @@ def _(
 @register_fake("selective_scan_bwd")
 def _(dy: Tensor, dfinal_state: Tensor | None, u: Tensor, *rest: Any) -> tuple[Tensor, ...]:
     # rest: delta, A, B, C, D, z, delta_bias, initial_state, then what has no gradient
-    return (torch.empty_like(u), *(u.new_empty(0) if t is None else torch.empty_like(t) for t in rest[:8]))
+    return (torch.empty_like(u), *(grad_like(t, u) for t in rest[:8]))
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -140,8 +142,7 @@ def _backward(ctx: Any, dy: Tensor | None, dfinal_state: Tensor | None, _: None)
     *tensors, checkpoints = ctx.saved_tensors
     dy = torch.zeros_like(tensors[0]) if dy is None else dy
     grads = _bwd(dy, dfinal_state if ctx.has_state else None, *tensors, checkpoints, ctx.delta_softplus)
-    kept = (grad if given is not None else None for grad, given in zip(grads, tensors, strict=False))
-    return (*kept, None, None, None, None, None)
+    return (*kept(grads, tensors, ctx.needs_input_grad), *[None] * 5)
 
 
 register_autograd("selective_scan_fwd", _setup_context, _backward)

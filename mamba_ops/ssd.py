@@ -9,6 +9,8 @@ from torch import Tensor
 from ._library import (
     allows_tf32,
     arithmetic_dtype,
+    grad_like,
+    kept,
     register_autocast,
     register_autograd,
     register_fake,
@@ -132,7 +134,7 @@ def _(
 @register_fake("ssd_bwd")
 def _(dy: Tensor, dfinal_state: Tensor | None, x: Tensor, *rest: Any) -> tuple[Tensor, ...]:
     # rest: dt, A, B, C, D, z, dt_bias, initial_state, then what has no gradient
-    return (torch.empty_like(x), *(x.new_empty(0) if t is None else torch.empty_like(t) for t in rest[:8]))
+    return (torch.empty_like(x), *(grad_like(t, x) for t in rest[:8]))
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
@@ -146,8 +148,7 @@ def _backward(ctx: Any, dy: Tensor | None, dfinal_state: Tensor | None) -> tuple
     tensors = ctx.saved_tensors
     dy = torch.zeros_like(tensors[0]) if dy is None else dy
     grads = _bwd(dy, dfinal_state if ctx.has_state else None, *tensors, *ctx.options, allows_tf32(dy))
-    kept = (grad if given is not None else None for grad, given in zip(grads, tensors, strict=False))
-    return (*kept, *[None] * 8)
+    return (*kept(grads, tensors, ctx.needs_input_grad), *[None] * 8)
 
 
 register_autograd("ssd_fwd", _setup_context, _backward)
