@@ -30,10 +30,11 @@ void check_add_norm(const Checker& check, const char* x_name, const Tensor& x, c
                     const Tensor& residual, const Tensor& weight, double eps) {
   const ScalarType type = check.float_type(x_name, x);
   const ScalarType wide = arithmetic_type(type);
-  check.that(x.dim() > 0, std::string(x_name) + " must be (..., d), got a tensor without dims");
+  check.that(x.dim() > 0,
+             [&] { return std::string(x_name) + " must be (..., d), got a tensor without dims"; });
   check_like(check, residual_name, residual, x_name, x, {wide, type});
   check.all("weight", weight, "(d)", {x.size(x.dim() - 1)}, {ScalarType::Float, wide, type});
-  check.that(eps >= 0, "eps must be >= 0, got " + std::to_string(eps));
+  check.that(eps >= 0, [&] { return "eps must be >= 0, got " + std::to_string(eps); });
 }
 
 int64_t cpu_units(int64_t rows, int64_t d) {

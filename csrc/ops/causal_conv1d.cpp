@@ -25,7 +25,8 @@ struct ConvCall {
     const int64_t b = x.size(0), d = x.size(1), l = x.size(2);
     check.all("weight", weight, "(d, w)", {d, -1}, {ScalarType::Float, type});
     const int64_t w = weight.size(1);
-    check.that(w >= 2 && w <= kConvMaxWidth, "weight must be (d, w) with w in 2..4, got " + shape_of(weight));
+    check.that(w >= 2 && w <= kConvMaxWidth,
+               [&] { return "weight must be (d, w) with w in 2..4, got " + shape_of(weight); });
     if (bias) check.all("bias", *bias, "(d)", {d}, {ScalarType::Float, type});
     states = check_sequences(check, b, l, seq_idx, cu_seqlens);
     if (initial_state)

@@ -161,9 +161,11 @@ int64_t check_sequences(const Checker& check, int64_t b, int64_t l, const OptTen
   if (seq_idx) check.all("seq_idx", *seq_idx, "(b, l)", {b, l}, {ScalarType::Int, ScalarType::Long});
   if (!cu_seqlens) return b;
   check.all("cu_seqlens", *cu_seqlens, "(s + 1)", {-1}, {ScalarType::Int, ScalarType::Long});
-  check.that(b == 1, "cu_seqlens packs sequences in one batch row, so b must be 1, got " + std::to_string(b));
+  check.that(b == 1, [&] {
+    return "cu_seqlens packs sequences in one batch row, so b must be 1, got " + std::to_string(b);
+  });
   check.that(cu_seqlens->numel() >= 2,
-             "cu_seqlens must hold s + 1 >= 2 offsets, got " + shape_of(*cu_seqlens));
+             [&] { return "cu_seqlens must hold s + 1 >= 2 offsets, got " + shape_of(*cu_seqlens); });
   return cu_seqlens->numel() - 1;
 }
 
@@ -192,8 +194,10 @@ std::vector<Run> sequences(const Checker& check, int64_t b, int64_t l, const Opt
       for (int64_t k = 0; k <= s; ++k) {
         const int64_t here = cu[k * stride];
         const bool ok = k == 0 ? here == 0 : here >= cu[(k - 1) * stride] && (k < s || here == l);
-        check.that(ok, "cu_seqlens must rise from 0 to l = " + std::to_string(l) + ", got " +
-                           std::to_string(here) + " at position " + std::to_string(k));
+        check.that(ok, [&] {
+          return "cu_seqlens must rise from 0 to l = " + std::to_string(l) + ", got " + std::to_string(here) +
+                 " at position " + std::to_string(k);
+        });
       }
       runs = runs_of_cu_seqlens(cu, stride, s);
     });

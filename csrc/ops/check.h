@@ -3,6 +3,7 @@
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
+#include <concepts>
 #include <initializer_list>
 #include <optional>
 #include <string>
@@ -47,8 +48,13 @@ class Checker {
     dtype(name, t, allowed);
     shape(name, t, letters, dims);
   }
-  void that(bool ok, const std::string& message) const {
+  void that(bool ok, const char* message) const {
     if (!ok) fail(op_, message);
+  }
+  // message(): the text, made where it is needed alone.
+  template <std::invocable Message>
+  void that(bool ok, const Message& message) const {
+    if (!ok) fail(op_, message());
   }
   // The dtype of x, which must be one that the operators take.
   ScalarType float_type(const char* name, const Tensor& x) const;

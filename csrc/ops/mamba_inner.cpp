@@ -52,7 +52,7 @@ struct Layer {
     check.shape("xz", a.xz, "(b, 2 d, l)", {-1, -1, -1});
     check.device("A", a.A);
     check.shape("A", a.A, "(d, n)", {-1, -1});
-    check.that(a.A.size(1) >= 1, "A must be (d, n) with n >= 1, got " + shape_of(a.A));
+    check.that(a.A.size(1) >= 1, [&] { return "A must be (d, n) with n >= 1, got " + shape_of(a.A); });
     b = a.xz.size(0), l = a.xz.size(2), d = a.A.size(0);
     complex = a.A.scalar_type() == ScalarType::ComplexFloat || a.A.scalar_type() == ScalarType::ComplexDouble;
     width = a.A.size(1) * (complex ? 2 : 1);
@@ -65,9 +65,10 @@ struct Layer {
     m = a.out_proj_weight.size(0);
     if (a.out_proj_bias) check.all("out_proj_bias", *a.out_proj_bias, "(m)", {m}, {ScalarType::Float, type});
     const int64_t factors = !a.B + !a.C, rows = (projected_columns - r) / width;
-    check.that(projected_columns == r + rows * width && factors <= rows && rows <= 2,
-               "x_proj_weight must have r + 2 n = " + std::to_string(r + 2 * width) + " rows, got " +
-                   std::to_string(projected_columns));
+    check.that(projected_columns == r + rows * width && factors <= rows && rows <= 2, [&] {
+      return "x_proj_weight must have r + 2 n = " + std::to_string(r + 2 * width) + " rows, got " +
+             std::to_string(projected_columns);
+    });
     B = {"B", "b_rms_weight", a.B, a.B_proj_bias, a.b_rms_weight, r};
     C = {"C", "c_rms_weight", a.C, a.C_proj_bias, a.c_rms_weight, projected_columns - width};
     unwritten = rows > factors;
@@ -76,10 +77,11 @@ struct Layer {
         check.all((std::string(f->name) + "_proj_bias").c_str(), *f->bias, "(n)", {width},
                   {ScalarType::Float, type});
       if (f->rms_weight) check.all(f->rms_name, *f->rms_weight, "(n)", {width}, {ScalarType::Float, type});
-      check.that(
-          !f->given || (!f->bias && !f->rms_weight),
-          std::string("the bias and norm of ") + f->name + " need it projected, got " + f->name + " too");
-      check.that(!complex || !f->rms_weight, std::string(f->rms_name) + " needs a real A, got a complex one");
+      check.that(!f->given || (!f->bias && !f->rms_weight), [&] {
+        return std::string("the bias and norm of ") + f->name + " need it projected, got " + f->name + " too";
+      });
+      check.that(!complex || !f->rms_weight,
+                 [&] { return std::string(f->rms_name) + " needs a real A, got a complex one"; });
     }
     if (a.dt_rms_weight) check.all("dt_rms_weight", *a.dt_rms_weight, "(d)", {d}, {ScalarType::Float, type});
     check.all("conv1d_weight", a.conv1d_weight, "(d, w)", {d, -1}, {ScalarType::Float, type});

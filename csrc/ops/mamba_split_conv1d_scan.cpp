@@ -44,16 +44,20 @@ struct Layer {
     check.shape("conv1d_weight", a.conv1d_weight, "(d + 2 g n, w)", {-1, -1});
     b = a.zxbcdt.size(0), l = a.zxbcdt.size(1), h = a.A.size(0), conv = a.conv1d_weight.size(0);
     const auto text = [](int64_t value) { return std::to_string(value); };
-    check.that(a.headdim >= 1 && a.ngroups >= 1 && h % a.ngroups == 0,
-               "headdim must be positive and ngroups divide h = " + text(h) + ", got " + text(a.headdim) +
-                   " and " + text(a.ngroups));
+    check.that(a.headdim >= 1 && a.ngroups >= 1 && h % a.ngroups == 0, [&] {
+      return "headdim must be positive and ngroups divide h = " + text(h) + ", got " + text(a.headdim) +
+             " and " + text(a.ngroups);
+    });
     d = h * a.headdim;
-    check.that(conv > d && (conv - d) % (2 * a.ngroups) == 0,
-               "conv1d_weight must have d + 2 g n rows with d = " + text(d) + " and g = " + text(a.ngroups) +
-                   ", got " + text(conv));
+    check.that(conv > d && (conv - d) % (2 * a.ngroups) == 0, [&] {
+      return "conv1d_weight must have d + 2 g n rows with d = " + text(d) + " and g = " + text(a.ngroups) +
+             ", got " + text(conv);
+    });
     const int64_t width = a.zxbcdt.size(2), rest = width - d - conv - h;
-    check.that(rest >= 0 && rest % 2 == 0, "zxbcdt must have 2 k + 2 d + 2 g n + h = 2 k + " +
-                                               text(d + conv + h) + " columns, got " + text(width));
+    check.that(rest >= 0 && rest % 2 == 0, [&] {
+      return "zxbcdt must have 2 k + 2 d + 2 g n + h = 2 k + " + text(d + conv + h) + " columns, got " +
+             text(width);
+    });
     k = rest / 2;
     if (a.rmsnorm_weight)
       check.all("rmsnorm_weight", *a.rmsnorm_weight, "(d)", {d}, {ScalarType::Float, type});

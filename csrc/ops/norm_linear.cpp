@@ -21,15 +21,18 @@ NormLinear::Conv check_conv(const Checker& check, const Conv& conv, int64_t b, i
   check.all("conv_weight", conv.weight, "(d, w)", {-1, -1}, {ScalarType::Float, ScalarType::BFloat16});
   const int64_t d = conv.weight.size(0), w = conv.weight.size(1);
   check.that(w >= 2 && w <= kConvMaxWidth,
-             "conv_weight must be (d, w) with w in 2..4, got " + shape_of(conv.weight));
-  check.that(conv.begin >= 0 && conv.begin <= n - d,
-             "the d = " + std::to_string(d) + " columns from conv_begin must be among the n = " +
-                 std::to_string(n) + " of y, got conv_begin = " + std::to_string(conv.begin));
+             [&] { return "conv_weight must be (d, w) with w in 2..4, got " + shape_of(conv.weight); });
+  check.that(conv.begin >= 0 && conv.begin <= n - d, [&] {
+    return "the d = " + std::to_string(d) +
+           " columns from conv_begin must be among the n = " + std::to_string(n) +
+           " of y, got conv_begin = " + std::to_string(conv.begin);
+  });
   check.all("conv_state", conv.state, "(b, d, w - 1)", {b, d, w - 1}, {ScalarType::BFloat16});
   for (int64_t i = 0; i < 3; ++i)
-    check.that(conv.state.size(i) <= 1 || conv.state.stride(i) != 0,
-               "conv_state is updated in place: every value needs memory of its own, got stride 0 in dim " +
-                   std::to_string(i));
+    check.that(conv.state.size(i) <= 1 || conv.state.stride(i) != 0, [&] {
+      return "conv_state is updated in place: every value needs memory of its own, got stride 0 in dim " +
+             std::to_string(i);
+    });
   if (conv.bias) check.all("conv_bias", *conv.bias, "(d)", {d}, {ScalarType::Float, ScalarType::BFloat16});
   return {conv.begin, d, int(w), view(conv.state), view(conv.weight), view(conv.bias)};
 }
@@ -50,7 +53,7 @@ std::tuple<Tensor, Tensor> run(const char* op, Tensor x, OptTensor residual, Opt
   check.all("weight", weight, "(n, k)", {-1, k}, {type});
   const int64_t n = weight.size(0);
   if (bias) check.all("bias", *bias, "(n)", {n}, {ScalarType::Float, type});
-  check.that(eps >= 0, "eps must be >= 0, got " + std::to_string(eps));
+  check.that(eps >= 0, [&] { return "eps must be >= 0, got " + std::to_string(eps); });
   x = with_rows(x);
   weight = with_rows(weight);
   if (residual) residual = with_rows(*residual);

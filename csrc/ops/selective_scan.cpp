@@ -41,8 +41,9 @@ struct ScanCall {
     else
       check.all("A", A, "(d, n)", {d, -1}, {ScalarType::Float, type});
     const int64_t n = A.size(1);
-    check.that(n >= 1 && n <= kScanMaxState,
-               "A must be (d, n) with n in 1.." + std::to_string(kScanMaxState) + ", got " + shape_of(A));
+    check.that(n >= 1 && n <= kScanMaxState, [&] {
+      return "A must be (d, n) with n in 1.." + std::to_string(kScanMaxState) + ", got " + shape_of(A);
+    });
     params.dims = {.b = b,
                    .d = d,
                    .l = l,
@@ -67,9 +68,10 @@ struct ScanCall {
       }
       check.shape(name, *factor, "(b, g, n, l)", {b, -1, n, l}, ", or constant (d, n)");
       *groups = factor->size(1);
-      check.that(*groups >= 1 && d % *groups == 0,
-                 std::string(name) + " must be (b, g, n, l) with g dividing d = " + std::to_string(d) +
-                     ", got " + shape_of(*factor));
+      check.that(*groups >= 1 && d % *groups == 0, [&] {
+        return std::string(name) + " must be (b, g, n, l) with g dividing d = " + std::to_string(d) +
+               ", got " + shape_of(*factor);
+      });
     }
     if (D) check.all("D", *D, "(d)", {d}, {ScalarType::Float, type});
     if (delta_bias) check.all("delta_bias", *delta_bias, "(d)", {d}, {ScalarType::Float, type});

@@ -28,21 +28,25 @@ struct SsdCall {
                  chunk_size, tf32] = in;
     check.shape("x", x, "(b, l, h, p)", {-1, -1, -1, -1});
     const int64_t b = x.size(0), l = x.size(1), h = x.size(2), p = x.size(3);
-    check.that(p >= 1 && p <= kSsdMaxWidth, "x must be (b, l, h, p) with p in 1.." +
-                                                std::to_string(kSsdMaxWidth) + ", got " + shape_of(x));
+    check.that(p >= 1 && p <= kSsdMaxWidth, [&] {
+      return "x must be (b, l, h, p) with p in 1.." + std::to_string(kSsdMaxWidth) + ", got " + shape_of(x);
+    });
     check.all("dt", dt, "(b, l, h)", {b, l, h}, {type, ScalarType::Float});
     check.all("A", A, "(h)", {h}, {ScalarType::Float, type});
     check.device("B", B);
-    check.that(B.dim() == 4, "B must be (b, l, g, n), got " + shape_of(B));
+    check.that(B.dim() == 4, [&] { return "B must be (b, l, g, n), got " + shape_of(B); });
     const int64_t n = B.size(3);
     for (const auto& [name, factor] : {std::pair("B", &B), std::pair("C", &C)}) {
       check.all(name, *factor, "(b, l, g, n)", {b, l, -1, n}, {type, ScalarType::Float});
       const int64_t g = factor->size(2);
-      check.that(g >= 1 && h % g == 0, std::string(name) + " must be (b, l, g, n) with g dividing h = " +
-                                           std::to_string(h) + ", got " + shape_of(*factor));
+      check.that(g >= 1 && h % g == 0, [&] {
+        return std::string(name) + " must be (b, l, g, n) with g dividing h = " + std::to_string(h) +
+               ", got " + shape_of(*factor);
+      });
     }
-    check.that(n >= 1 && n <= kSsdMaxWidth, "B must be (b, l, g, n) with n in 1.." +
-                                                std::to_string(kSsdMaxWidth) + ", got " + shape_of(B));
+    check.that(n >= 1 && n <= kSsdMaxWidth, [&] {
+      return "B must be (b, l, g, n) with n in 1.." + std::to_string(kSsdMaxWidth) + ", got " + shape_of(B);
+    });
     if (D) {
       check.device("D", *D);
       check.dtype("D", *D, {ScalarType::Float, type});
@@ -53,11 +57,14 @@ struct SsdCall {
     }
     if (z) check.all("z", *z, "(b, l, h, p)", {b, l, h, p}, {type, ScalarType::Float});
     if (dt_bias) check.all("dt_bias", *dt_bias, "(h)", {h}, {ScalarType::Float, type});
-    check.that(dt_min <= dt_max, "dt_limit must be (low, high) with low <= high, got (" +
-                                     std::to_string(dt_min) + ", " + std::to_string(dt_max) + ")");
-    check.that(!chunk_size || (*chunk_size >= 1 && *chunk_size <= kSsdMaxChunk),
-               "chunk_size must be None or in 1.." + std::to_string(kSsdMaxChunk) + ", got " +
-                   std::to_string(chunk_size.value_or(0)));
+    check.that(dt_min <= dt_max, [&] {
+      return "dt_limit must be (low, high) with low <= high, got (" + std::to_string(dt_min) + ", " +
+             std::to_string(dt_max) + ")";
+    });
+    check.that(!chunk_size || (*chunk_size >= 1 && *chunk_size <= kSsdMaxChunk), [&] {
+      return "chunk_size must be None or in 1.." + std::to_string(kSsdMaxChunk) + ", got " +
+             std::to_string(chunk_size.value_or(0));
+    });
     states = check_sequences(check, b, l, seq_idx, cu_seqlens);
     if (initial_state)
       check.all("initial_state", *initial_state, cu_seqlens ? "(s, h, p, n)" : "(b, h, p, n)",
