@@ -72,6 +72,7 @@ def test_packs_that_exclude_each_other(name: str) -> None:
         ("ssd", {"chunk_size": 257}, "chunk_size.*256.*257"),
         ("ssd", {"dt_limit": (0.5, 0.1)}, "dt_limit.*0.5.*0.1"),
         ("ssd", {"dt_limit": (math.nan, 0.1)}, "dt_limit.*nan"),
+        ("ssd", {"dt_limit": (1e-8, 1e-9)}, "dt_limit.*1e-08.*1e-09"),
         ("ssd_state_update", {"dt_limit": (0.5, 0.1)}, "dt_limit.*0.5.*0.1"),
         *((name, {"dt_limit": None}, r"dt_limit must be \(low, high\).*None") for name in LIMITED),
         *((name, {"dt_limit": (0.0, 1.0, 2.0)}, r"dt_limit must be \(low, high\).*2.0") for name in LIMITED),

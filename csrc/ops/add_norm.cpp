@@ -34,7 +34,7 @@ void check_add_norm(const Checker& check, const char* x_name, const Tensor& x, c
              [&] { return std::string(x_name) + " must be (..., d), got a tensor without dims"; });
   check_like(check, residual_name, residual, x_name, x, {wide, type});
   check.all("weight", weight, "(d)", {x.size(x.dim() - 1)}, {ScalarType::Float, wide, type});
-  check.that(eps >= 0, [&] { return "eps must be >= 0, got " + std::to_string(eps); });
+  check.eps(eps);
 }
 
 int64_t cpu_units(int64_t rows, int64_t d) {

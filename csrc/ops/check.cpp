@@ -1,6 +1,7 @@
 #include "ops/check.h"
 
 #include <algorithm>
+#include <cstdio>
 #include <stdexcept>
 
 namespace mamba_ops {
@@ -11,6 +12,12 @@ std::string tuple(const int64_t* sizes, size_t n) {
   std::string out = "(";
   for (size_t i = 0; i < n; ++i) out += (i ? ", " : "") + std::to_string(sizes[i]);
   return out + (n == 1 ? ",)" : ")");
+}
+
+std::string number(double value) {
+  char text[32];
+  std::snprintf(text, sizeof text, "%g", value);
+  return text;
 }
 
 // "(b, l, g, n)" with the known sizes in place of their letters.
@@ -127,6 +134,16 @@ void Checker::device(const char* name, const Tensor& t) const {
   STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_layout(t.get(), &layout));
   if (layout != aoti_torch_layout_strided())
     fail(op_, std::string(name) + " must be a dense (strided) tensor, got a sparse layout");
+}
+
+void Checker::eps(double value) const {
+  that(value >= 0, [&] { return "eps must be >= 0, got " + number(value); });
+}
+
+void Checker::step_limits(double low, double high) const {
+  that(low <= high, [&] {
+    return "dt_limit must be (low, high) with low <= high, got (" + number(low) + ", " + number(high) + ")";
+  });
 }
 
 ScalarType Checker::float_type(const char* name, const Tensor& x) const {

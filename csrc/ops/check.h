@@ -59,6 +59,10 @@ class Checker {
   // The dtype of x, which must be one that the operators take.
   ScalarType float_type(const char* name, const Tensor& x) const;
 
+  // Rules of several operators.
+  void eps(double value) const;
+  void step_limits(double low, double high) const;
+
   const char* op() const { return op_; }
 
  private:

@@ -101,7 +101,7 @@ void check_norm(const Checker& check, const parts::NormInputs& in) {
   const int64_t d = x.size(x.dim() - 1);
   check.all("weight", weight, "(d)", {d}, {ScalarType::Float, type});
   if (z) check_like_x(check, "z", *z, x);
-  if (!(eps >= 0)) fail(check.op(), "eps must be >= 0, got " + std::to_string(eps));
+  check.eps(eps);
   if (group != d && (group < 1 || d % group != 0))
     fail(check.op(), "group_size must divide d = " + std::to_string(d) + ", got " + std::to_string(group));
 }

@@ -53,7 +53,7 @@ std::tuple<Tensor, Tensor> run(const char* op, Tensor x, OptTensor residual, Opt
   check.all("weight", weight, "(n, k)", {-1, k}, {type});
   const int64_t n = weight.size(0);
   if (bias) check.all("bias", *bias, "(n)", {n}, {ScalarType::Float, type});
-  check.that(eps >= 0, [&] { return "eps must be >= 0, got " + std::to_string(eps); });
+  check.eps(eps);
   x = with_rows(x);
   weight = with_rows(weight);
   if (residual) residual = with_rows(*residual);

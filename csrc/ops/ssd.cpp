@@ -57,10 +57,7 @@ struct SsdCall {
     }
     if (z) check.all("z", *z, "(b, l, h, p)", {b, l, h, p}, {type, ScalarType::Float});
     if (dt_bias) check.all("dt_bias", *dt_bias, "(h)", {h}, {ScalarType::Float, type});
-    check.that(dt_min <= dt_max, [&] {
-      return "dt_limit must be (low, high) with low <= high, got (" + std::to_string(dt_min) + ", " +
-             std::to_string(dt_max) + ")";
-    });
+    check.step_limits(dt_min, dt_max);
     check.that(!chunk_size || (*chunk_size >= 1 && *chunk_size <= kSsdMaxChunk), [&] {
       return "chunk_size must be None or in 1.." + std::to_string(kSsdMaxChunk) + ", got " +
              std::to_string(chunk_size.value_or(0));

@@ -249,9 +249,7 @@ Tensor ssd_state_update(Tensor state, Tensor x, Tensor dt, Tensor A, Tensor B, T
   else if (D)
     check.all("D", *D, "(h)", {h}, {ScalarType::Float, type});
   if (dt_bias) check.all("dt_bias", *dt_bias, "(h)", {h}, {ScalarType::Float, type});
-  if (!(dt_min <= dt_max))
-    fail(check.op(), "dt_limit must be (low, high) with low <= high, got (" + std::to_string(dt_min) + ", " +
-                         std::to_string(dt_max) + ")");
+  check.step_limits(dt_min, dt_max);
   check_row_size(check, n, wider(state, type), 1);
   check_rows(check, state, b, state_indices);
   Tensor y = torch::stable::empty_like(x);
