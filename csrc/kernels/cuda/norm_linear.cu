@@ -9,14 +9,16 @@
 // Products: two mma a step. Their right factor has a column for each half (32 columns) of each of the 4 rows,
 // as the threads have loaded them; the left one has x' twice, for the first halves in rows 0 to 7, for the
 // second in 8 to 15. Of the result the threads use what belongs together, rows r of the first halves and
-// r + 8 of the second: thread 4 r + q has the sum of rows r of x' and q of the tile, c[0] + c[3]. The sums of
-// the warps are added in their order, which depends on the row of W alone: bitwise repeatable.
+// r + 8 of the second: thread 4 r + q has the sum of rows r of x' and q of the tile, c[0] + c[3]. A round of
+// tiles has up to kRound outputs, a thread each, which asks for what the output takes beside its sum when the
+// round begins, and at its end adds the sums of the warps, in their order, which depends on the row of W
+// alone: bitwise repeatable. (A barrier a round: with one every four tiles, blocks whose outputs are
+// convolved fell 4 us behind the others.)
 //
 // Every block makes x' for itself, but for the norm's factor of a row, which multiplies the sums; it asks for
-// the first rows before the copies begin, behind which they would wait. What an output takes beside its sum
-// is asked for with the first columns of its row.
+// the first rows before the copies begin, behind which they would wait.
 //
-// Shared memory: the slots (kAhead x 8 KiB), sums of 2 x 4 tiles (16 KiB), x' (2 k bytes a row). More rows
+// Shared memory: the slots (kAhead x 8 KiB), sums of a round (16 KiB), x' (2 k bytes a row). More rows
 // than eight, or than fit: one launch after the other.
 //
 // Bound by the bytes of W. What runs before the first product runs once in every warp, and hides behind
@@ -44,9 +46,8 @@ constexpr int kAhead = 8;         // steps
 constexpr int kPack = 8;          // values of 16 bytes
 constexpr int kStep = 8 * kPack;  // columns of a chunk
 constexpr int kSpan = kWarps * kStep;
-constexpr int kTile = 4;   // rows of W
-constexpr int kGroup = 4;  // tiles whose sums are added at once, by a warp each
-constexpr int kSums = 2 * kGroup * kWarps * 32;
+constexpr int kTile = 4;          // rows of W
+constexpr int kRound = 256;       // outputs that are added up at once
 constexpr int kMaxRows = 8;       // of x
 constexpr int kAtOnce = 2;        // packs of a row of x that a thread asks for at once
 constexpr int kEarly = 32 << 10;  // values of W that a block asks for before it waits
@@ -232,7 +233,7 @@ __global__ void __launch_bounds__(kThreads, 1) norm_linear(const NormLinear p, c
   const int columns = shape.columns, pitch = pitch_of(columns);
   auto* const s_slots = reinterpret_cast<Pack<bf16, kPack>*>(s_memory) + threadIdx.x;
   float* const s_sums = reinterpret_cast<float*>(s_memory + kAhead * kThreads);
-  bf16* const s_x = reinterpret_cast<bf16*>(s_sums + kSums);
+  bf16* const s_x = reinterpret_cast<bf16*>(s_sums + kWarps * kRound);
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, block = blockIdx.x;
   const int tiles = shape.tiles + (block < shape.more);
   const int64_t first_tile = int64_t(block) * shape.tiles + min(block, shape.more);
@@ -280,16 +281,18 @@ __global__ void __launch_bounds__(kThreads, 1) norm_linear(const NormLinear p, c
     s_factor[threadIdx.x] = p.norm.data ? rsqrtf(sum * shape.mean + shape.eps) : 1;
   }
 
-  // This thread's rows of x and of a tile: in products; and as outputs, of tile `warp` of a group.
+  // This thread's rows of x and of a tile: in products, and as the output of its tile of a round.
   const int row = lane / 4, part = lane % 4;
+  const int outputs = kTile * int(p.b), round = kRound / outputs;  // of a tile; tiles
+  const int out_tile = threadIdx.x / outputs, out_row = threadIdx.x % outputs / kTile,
+            out_part = threadIdx.x % kTile;
   const bf16* const my_x = s_x + (row < p.b ? row : 0) * pitch + part * kPack;
   Output out = {};
   int slot = 0, column = first_column;
-  for (int tile = 0; tile < tiles; ++tile, column -= columns) {
-    const int at = tile % (2 * kGroup), in_group = tile % kGroup;
-    const int64_t to = (first_tile + tile - in_group + warp) * kTile + part;
-    const bool has_output = warp < kGroup && row < p.b && to < p.n;
-    if (in_group == 0 && has_output && tile + warp < tiles) out = load_output(p, row, to);
+  for (int tile = 0, in_round = 0; tile < tiles; ++tile, column -= columns) {
+    const int to = (tile - in_round + out_tile) * kTile + out_part;  // of the block's rows
+    const bool has_output = out_tile < round && to < rows;
+    if (in_round == 0 && has_output) out = load_output(p, out_row, first_tile * kTile + to);
     float c[2][4] = {};
     for (; column < columns; column += kSpan) {
       wait_for_copies<kAhead - 1>();
@@ -304,15 +307,18 @@ __global__ void __launch_bounds__(kThreads, 1) norm_linear(const NormLinear p, c
       copy_next(slot);
       if (++slot == kAhead) slot = 0;
     }
-    s_sums[(at * kWarps + warp) * 32 + lane] = (c[0][0] + c[0][3]) + (c[1][0] + c[1][3]);
-    if (in_group < kGroup - 1 && tile + 1 < tiles) continue;
-    __syncthreads();  // the other half of s_sums is free again when the next group has come here
-    if (warp > in_group || !has_output) continue;
-    const float* from = s_sums + (at - in_group + warp) * kWarps * 32 + lane;
-    float sum = 0;
+    if (lane < outputs)
+      s_sums[warp * kRound + in_round * outputs + lane] = (c[0][0] + c[0][3]) + (c[1][0] + c[1][3]);
+    if (++in_round < round && tile + 1 < tiles) continue;
+    in_round = 0;
+    __syncthreads();
+    if (has_output) {
+      float sum = 0;
 #pragma unroll
-    for (int i = 0; i < kWarps; ++i) sum += from[i * 32];
-    store_output(p, row, to, out, sum * s_factor[row]);
+      for (int i = 0; i < kWarps; ++i) sum += s_sums[i * kRound + threadIdx.x];
+      store_output(p, out_row, first_tile * kTile + to, out, sum * s_factor[out_row]);
+    }
+    if (tile + 1 < tiles) __syncthreads();
   }
 }
 
@@ -338,7 +344,7 @@ const char* norm_linear_cuda(const NormLinear& p, void* cuda_stream) {
                  .columns = int(std::max<int64_t>((p.k + kStep - 1) / kStep, 1) * kStep),
                  .mean = 1 / float(p.k),
                  .eps = float(p.eps)};
-  const int64_t fixed_bytes = kAhead * kThreads * 16 + kSums * 4, static_bytes = 1024,
+  const int64_t fixed_bytes = kAhead * kThreads * 16 + kWarps * kRound * 4, static_bytes = 1024,
                 row_bytes = pitch_of(shape.columns) * 2;
   const int64_t rows = std::min<int64_t>(kMaxRows, (shared_bytes() - static_bytes - fixed_bytes) / row_bytes);
   if (rows < 1) return "a row does not fit into shared memory";
