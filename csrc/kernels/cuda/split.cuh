@@ -46,42 +46,35 @@ __device__ inline void store_split_pair(float* row, int at, float first, float s
   row[split_place<false>(at)] = __uint_as_float(low);
 }
 
-// Every `step`th of rows of kColumns values becomes a split row, in place; from[row]: its factor. By one
-// warp: kRows rows at a time, to have their loads and sums in flight together.
+// kRows rows of kColumns values become split rows, in place; from[row]: its factor. By one warp, 32 / kRows
+// lanes to a row: a lane takes stretches of kTogether values.
 template <int kColumns, int kRows>
-__device__ inline void split_rows(float* rows, int ld, float* from, int step) {
-  constexpr int kValues = kColumns / 32;
-  struct alignas(4 * (kValues < 4 ? kValues : 4)) Values {
-    float v[kValues];
-  };
-  struct alignas(2 * kValues) Halves {
-    uint32_t w[kValues / 2];
-  };
-  const int lane = threadIdx.x % 32, first = lane * kValues;
-  Values in[kRows];
-  uint32_t largest[kRows];
+__device__ inline void split_rows(float* rows, int ld, float* from) {
+  constexpr int kLanes = 32 / kRows, kValues = kColumns / kLanes, kTogether = kValues < 16 ? kValues : 16;
+  static_assert(kTogether % 8 == 0);
+  const int lane = threadIdx.x % 32, first = lane / kRows * kTogether;
+  float* const row = rows + lane % kRows * ld;
+  const auto place = [&](int i) { return first + i / kTogether * kTogether * kLanes + i % kTogether; };
+  float v[kValues];
 #pragma unroll
-  for (int i = 0; i < kRows; ++i) in[i] = *reinterpret_cast<const Values*>(rows + i * step * ld + first);
+  for (int i = 0; i < kValues; i += 4)
+    *reinterpret_cast<float4*>(v + i) = *reinterpret_cast<const float4*>(row + place(i));
+  float most = 0;
 #pragma unroll
-  for (int i = 0; i < kRows; ++i) {
-    float most = fabsf(in[i].v[0]);
+  for (int i = 0; i < kValues; i += 2) most = fmaxf(most, fmaxf(fabsf(v[i]), fabsf(v[i + 1])));
 #pragma unroll
-    for (int k = 1; k < kValues; ++k) most = fmaxf(most, fabsf(in[i].v[k]));
-    largest[i] = __reduce_max_sync(kAllLanes, __float_as_uint(most));
+  for (int d = kRows; d < 32; d *= 2) most = fmaxf(most, __shfl_xor_sync(kAllLanes, most, d));
+  const SplitScale scale(most);
+#pragma unroll
+  for (int i = 0; i < kValues; i += 8) {
+    uint32_t high[4], low[4];
+#pragma unroll
+    for (int k = 0; k < 4; ++k)
+      split_pair(v[i + 2 * k] * scale.to, v[i + 2 * k + 1] * scale.to, high[k], low[k]);
+    *reinterpret_cast<uint4*>(row + split_place<true>(place(i))) = {high[0], high[1], high[2], high[3]};
+    *reinterpret_cast<uint4*>(row + split_place<false>(place(i))) = {low[0], low[1], low[2], low[3]};
   }
-  __syncwarp();
-#pragma unroll
-  for (int i = 0; i < kRows; ++i) {
-    const SplitScale scale(__uint_as_float(largest[i]));
-    Halves high, low;
-#pragma unroll
-    for (int k = 0; k < kValues; k += 2)
-      split_pair(in[i].v[k] * scale.to, in[i].v[k + 1] * scale.to, high.w[k / 2], low.w[k / 2]);
-    float* const row = rows + i * step * ld;
-    *reinterpret_cast<Halves*>(row + split_place<true>(first)) = high;
-    *reinterpret_cast<Halves*>(row + split_place<false>(first)) = low;
-    if (lane == 0) from[i * step] = scale.from;
-  }
+  if (lane < kRows) from[lane] = scale.from;
 }
 
 struct SplitLeft {

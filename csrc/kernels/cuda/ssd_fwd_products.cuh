@@ -121,17 +121,15 @@ struct SplitProducts : FwdBlock<F, Sizes> {
       Block::state, Block::tiles, Block::warp;
   using typename Block::ChunkSteps, typename Block::T;
 
-  // B and C, once this warp's copies are there.
-  __device__ void split() const {
-    split_tile<kQ, kN, T::kWarps>(tiles.C, T::kLdC, tiles.from_C);
-    split_tile<kQ, kN, T::kWarps>(tiles.B, T::kLdB, tiles.from_B);
-  }
+  // Once this warp's copies are there.
+  __device__ void split_C() const { split_tile<kQ, kN, T::kWarps>(tiles.C, T::kLdC, tiles.from_C); }
+  __device__ void split_B() const { split_tile<kQ, kN, T::kWarps>(tiles.B, T::kLdB, tiles.from_B); }
 
   __device__ void make_pairs(const ChunkSteps& steps) const {
     static_assert(kPairColumns == 16);
     if (!this->has_pairs(0)) return;
     float sums[2][4] = {};
-#pragma unroll 2
+#pragma unroll
     for (int k = 0; k < kN; k += kSplitTerms) {
       float part[2][4] = {};
 #pragma unroll
@@ -156,12 +154,14 @@ struct SplitProducts : FwdBlock<F, Sizes> {
     }
   }
 
-  __device__ void pass_state(const float* x, const ChunkSteps& steps, float (&y)[kQ / 8][4]) {
+  // y = (H C^T) 2^s_i.
+  __device__ void multiply_state(const ChunkSteps& steps, float (&y)[kQ / 8][4]) const {
     float most[2] = {};
 #pragma unroll
     for (int tile = 0; tile < kN / 8; ++tile)
 #pragma unroll
-      for (int k = 0; k < 4; ++k) most[k / 2] = fmaxf(most[k / 2], fabsf(state[tile][k]));
+      for (int k = 0; k < 4; k += 2)
+        most[k / 2] = fmaxf(most[k / 2], fmaxf(fabsf(state[tile][k]), fabsf(state[tile][k + 1])));
     const SplitScale scales[2] = {SplitScale(row_largest(most[0])), SplitScale(row_largest(most[1]))};
 #pragma unroll
     for (int k = 0; k < kN; k += kSplitTerms) {
@@ -181,6 +181,10 @@ struct SplitProducts : FwdBlock<F, Sizes> {
       const int token = i / 4 * 8 + lane % 4 * 2 + i % 2;
       y[i / 4][i % 4] *= scales[i % 4 / 2].from * (steps.from_start[token] * tiles.from_C[token]);
     }
+  }
+
+  // H after the chunk.
+  __device__ void add_tokens(const float* x, const ChunkSteps& steps) {
     add_split_tokens<F, kQ>(state, steps.decay, x + 16 * warp, T::kLdX, steps.weight, tiles.B, T::kLdB,
                             tiles.from_B, 0);
   }

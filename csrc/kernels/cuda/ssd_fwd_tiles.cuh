@@ -14,6 +14,13 @@ struct FwdArgs {
   SsdPieces pieces;
 };
 
+// A stretch of tokens of one cell and one run.
+struct Chunk {
+  int64_t begin, cell_end;
+  int tokens;           // 0: none
+  bool enters, leaves;  // the state before it is to be fetched, the one after it to be kept
+};
+
 // Sizes by the bytes of a factor and the width that holds n; kBlocks: of a multiprocessor. kSmall: those that
 // fit where a block has 99 KB of shared memory, where others do not.
 template <int kBytes, int kN, bool kSmall>
@@ -38,6 +45,7 @@ struct FwdTiles : Sizes {
   using Sizes::kN, Sizes::kP, Sizes::kQ;
   static constexpr bool kSplit = std::is_same_v<E, float>;  // B, C and P: split.cuh
   static constexpr int kWarps = kP / 16, kThreads = 32 * kWarps;
+  static constexpr int kTilesX = kSplit ? 1 : 2;
   static constexpr int kStepsWarp = kWarps - kQ / 16;  // it has the fewest pairs
   static constexpr int kPadAlong = kSplit ? kSplitPad : F::kPadAlong;
   static constexpr int kPadAcross = kSplit ? kSplitPad : F::kPadAcross;
@@ -45,8 +53,14 @@ struct FwdTiles : Sizes {
   static constexpr int kLdB = kN + kPadAcross, kLdC = kN + kPadAlong;
   alignas(16) E B[kQ * kLdB];
   alignas(16) E C[kQ * kLdC];
-  alignas(16) E x[2][kQ * kLdX];
+  alignas(16) E x[kTilesX][kQ * kLdX];
   Steps<F, kQ> steps[2];
+  Chunk chunks[kSplit ? 2 : 1];
+  struct Work {
+    int row, head, piece, first_p, channels;
+    int64_t begin, end;  // of the piece
+    HeadParameters<R> parameters;
+  } work;
   struct {
     int64_t x, z, y, B, C;
   } first;  // where the row's first token lies

@@ -10,13 +10,13 @@ namespace mamba_ops::gpu {
 // of a direct tensor): they need its own wait_for_copies() alone.
 template <int kRows, int kColumns, int kWarps>
 __device__ inline void split_tile(float* tile, int ld, float* from) {
-  constexpr int kCopied = kColumns < 128 ? 128 / kColumns : 1;  // neighbouring rows
-  constexpr int kAtOnce = kColumns == 128 && kRows >= 4 * kWarps ? 4 : 2;
-  static_assert(kCopied == 1 || kCopied == kAtOnce);
+  constexpr int kOwn = kRows / kWarps, kMost = kColumns <= 128 ? 8 : 4, kAtOnce = kOwn < kMost ? kOwn : kMost;
+  static_assert(kRows % kWarps == 0 && kOwn % kAtOnce == 0);
+  const int begin = threadIdx.x / 32 * kOwn;
   __syncwarp();
 #pragma unroll 1
-  for (int i = threadIdx.x / 32 * kCopied; i < kRows; i += kWarps * kAtOnce)
-    split_rows<kColumns, kAtOnce>(tile + i * ld, ld, from + i, kCopied == 1 ? kWarps : 1);
+  for (int i = begin; i < begin + kOwn; i += kAtOnce)
+    split_rows<kColumns, kAtOnce>(tile + i * ld, ld, from + i);
 }
 
 inline constexpr int kSplitTerms = 32;  // of a sum before it is added to others

@@ -55,7 +55,7 @@ __device__ __noinline__ void convert_tile(E* tile, int ld, const void* from, int
 }
 
 // Rows [0, rows) and columns [0, columns) of what lies at `offset`, zeros beyond, into a (kRows, kColumns)
-// tile. For other threads to see after wait_for_copies() and a barrier.
+// tile. For other threads to see after wait_for_copies() and a barrier. A warp copies neighbouring rows.
 template <class F, int kRows, int kColumns, int kThreads>
 __device__ inline void load_tile(typename F::Element* tile, int ld, const Rows& from, int64_t offset,
                                  int64_t row_stride, int64_t column_stride, int rows, int columns) {
@@ -63,13 +63,14 @@ __device__ inline void load_tile(typename F::Element* tile, int ld, const Rows& 
   if (from.direct) {
     constexpr int kVector = 16 / sizeof(E), kVectors = kColumns / kVector;
     constexpr int kAcross = kVectors < 32 ? kVectors : 32, kDown = kThreads / kAcross;
+    constexpr int kEach = (kRows + kDown - 1) / kDown;
     for (int column = threadIdx.x % kAcross * kVector; column < kColumns; column += kAcross * kVector) {
-      int row = threadIdx.x / kAcross;
+      const int row = threadIdx.x / kAcross * kEach, wanted = column < columns ? rows - row : 0;
       const E* data = static_cast<const E*>(from.view.data) + offset + row * row_stride + column;
-      E* to = tile + row * ld + column;
-#pragma unroll 4
-      for (int i = 0; i < kRows; i += kDown, row += kDown, data += kDown * row_stride, to += kDown * ld)
-        if (kRows % kDown == 0 || row < kRows) copy_async(to, data, row < rows && column < columns);
+      E* const to = tile + row * ld + column;
+#pragma unroll
+      for (int i = 0; i < kEach; ++i, data += row_stride)
+        if (kRows % kDown == 0 || row + i < kRows) copy_async(to + i * ld, data, i < wanted);
     }
     return;
   }
