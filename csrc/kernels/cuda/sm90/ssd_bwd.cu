@@ -8,8 +8,9 @@
 //   chunks   a block of heads and 64 tokens at a time: dx; dB, dC, the sums for the steps, per block of heads
 //   reduce   ddt, and the sums over tokens (dA, ddt_bias, dD) and over blocks of heads (dB, dC)
 //
-// With a gate the forward runs first, without it, for o; the launch of the steps puts the gradient of o in
-// its place.
+// With a gate the first launch is that of ssd_bwd_gate.cu: the forward once more, for the gradients of o and
+// z and the sums for dD; it makes the steps too. Where its blocks wait for each other a memset clears its
+// flags.
 //
 // Chunks are 128 tokens for the states, which halves their traffic, and 64 for everything else, so that what
 // the heads of a group add up to (dB, dC, dCB) fits in registers.
@@ -21,7 +22,7 @@
 //              bytes a cycle 2700 cycles, the next wall after what is measured below
 //
 // Workspace: 2.2 times x at n = 128 (per token and head 256 bytes of states and 25 of steps and sums), at any
-// length, and at most 17 MiB of states that blocks hand over; a gate adds one x.
+// length, and at most 17 MiB of states that blocks hand over; a gate adds one x and 9 MiB.
 //
 // Measured on an H200 (copy 4.17 TB/s; bf16, D, dt_bias, softplus; ms, medians, L2 flushed; launches by ncu):
 //   b l h groups (n = 128)   whole   steps   states   chunks   reduce
@@ -30,16 +31,16 @@
 //   2 8192 128 8             1.10    0.018   0.332    0.704    0.038
 //   1 65536 32 1             1.24    0.017   0.524    0.670    0.036
 //   1 65536 128 1            4.20
-// With a gate, first row: 1.00. All before the edges took the weighted tokens of dB and dC as sums of two
-// factors (errors 1.02 times mamba_ssm's, were 1.13 times): since then the first row takes 0.69.
-// What bounds it, first row (ncu): states: L2 88 % and DRAM 76 % of their peaks. With 320 chains uncut on 264
-// places, 56 in a second round, the whole took 0.72 ms; one block of four heads and three stages an SM, 0.76.
-// chunks: the latency of the pairs, whose first warp has the most of them: issue slots 43 %, L2 65 %, DRAM
-// 50 %, shared memory 64 %. It took 0.425 ms while the edges were unrolled further (1.0 warps waited for
-// instructions at each one issued, now 0.6) and the pairs read shared memory only where they needed it. One
-// warpgroup for pairs and inputs together took 0.50 ms, sums over columns for dD in the inputs' 0.52 ms
-// (H100). No gain: launches that begin early; the last sums of the pairs by the warps with the fewest; a
-// third stage of states for n = 64.
+// All before the edges took the weighted tokens of dB and dC as sums of two factors (errors 1.02 times
+// mamba_ssm's, were 1.13 times): since then the first row takes 0.69. With a gate it takes 0.97 (n = 64:
+// 0.82), the second 0.34, the third 1.62. What bounds it, first row (ncu): states: L2 88 % and DRAM 76 % of
+// their peaks. With 320 chains uncut on 264 places, 56 in a second round, the whole took 0.72 ms; one block
+// of four heads and three stages an SM, 0.76. chunks: the latency of the pairs, whose first warp has the most
+// of them: issue slots 43 %, L2 65 %, DRAM 50 %, shared memory 64 %. It took 0.425 ms while the edges were
+// unrolled further (1.0 warps waited for instructions at each one issued, now 0.6) and the pairs read shared
+// memory only where they needed it. One warpgroup for pairs and inputs together took 0.50 ms, sums over
+// columns for dD in the inputs' 0.52 ms (H100). No gain: launches that begin early; the last sums of the
+// pairs by the warps with the fewest; a third stage of states for n = 64.
 //
 // Deterministic: every sum has an order fixed by the sizes alone (blocks of heads are chosen for 132 SMs on
 // any GPU); the integer counters of `reduce` only tell which block is last.
@@ -47,6 +48,7 @@
 
 #include "kernels/cuda/device.h"
 #include "kernels/cuda/sm90/ssd_bwd_edges.cuh"
+#include "kernels/cuda/sm90/ssd_bwd_gate.h"
 #include "kernels/cuda/sm90/ssd_bwd_inputs.cuh"
 #include "kernels/cuda/sm90/ssd_bwd_pairs.cuh"
 #include "kernels/cuda/sm90/ssd_bwd_reduce.cuh"
@@ -102,7 +104,7 @@ constexpr int kStateBlocks = 2 * kSms;
 constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 struct Workspace {
-  int64_t starts, states, steps, sums, anchors, D, skips, partial_BC, partial_h, arrived;
+  int64_t grad_o, gate, starts, states, steps, sums, anchors, D, skips, partial_BC, partial_h, arrived;
   int64_t flags, handed, decays, bytes;
 };
 
@@ -126,6 +128,7 @@ SsdBwdArgs arguments(const SsdBwd& p, const Sequences& seqs) {
   const SsdDims& dims = p.fwd.dims;
   SsdBwdArgs a{};
   a.p = p;
+  a.p.fwd.z = a.p.dz = {};
   a.seqs = seqs;
   if (!dims.D_per_channel) a.p.fwd.D.stride[1] = 0;
   a.b = int(dims.b);
@@ -142,6 +145,7 @@ SsdBwdArgs arguments(const SsdBwd& p, const Sequences& seqs) {
   a.blocks_B = a.heads_per_B / a.sharing * a.blocks;
   a.blocks_C = a.heads_per_C / a.sharing * a.blocks;
   a.parts = int(std::clamp<int64_t>(dims.b * a.chunks / 2, 1, 128));
+  a.makes_skips = p.fwd.D && !p.fwd.z;
   const int chains = int(2 * ceil_div(a.sharing, kStateHeads) * a.shares * a.b);
   // Segments where chains leave SMs idle. Two would gain nothing: all but the last are walked twice.
   a.segments = std::min(kStateBlocks / chains, a.tiles / 4);
@@ -150,7 +154,14 @@ SsdBwdArgs arguments(const SsdBwd& p, const Sequences& seqs) {
   return a;
 }
 
-Workspace workspace(const SsdBwdArgs& a) {
+// The gradient of o, in the workspace.
+View grad_of_o(const SsdBwd& p, void* data) {
+  const SsdDims& dims = p.fwd.dims;
+  return {data, p.dy.dtype, {dims.l * dims.h * dims.p, dims.h * dims.p, dims.p, 1}};
+}
+
+// p: with its gate.
+Workspace workspace(const SsdBwdArgs& a, const SsdBwd& p) {
   const int64_t heads = int64_t(a.b) * a.h;
   Workspace at{};
   const auto take = [&](int64_t bytes) {
@@ -158,14 +169,18 @@ Workspace workspace(const SsdBwdArgs& a) {
     at.bytes += ceil_div(bytes, 256) * 256;
     return begin;
   };
-  const int64_t n = a.p.fwd.dims.n;
+  const int64_t n = p.fwd.dims.n;
+  if (p.fwd.z) {
+    at.grad_o = take(heads * a.l * kTile * 2);
+    at.gate = take(ssd_bwd_gate_workspace(p, a.seqs));
+  }
   at.starts = take(a.seqs.id.data ? int64_t(a.b) * a.chunks * 2 * sizeof(uint64_t) : 0);
   at.states = take(heads * a.chunks * 2 * (n / 64) * kTileBytes);
   at.steps = take(heads * a.chunks * kStepBytes);
   at.sums = take(heads * a.tiles * kSums * kTile * sizeof(float));
   at.anchors = take(heads * a.chunks * 4 * sizeof(float));
   at.D = take(a.h * kTile * sizeof(float));
-  at.skips = take(heads * a.tiles * 4 * (a.p.fwd.dims.D_per_channel ? kTile : 1) * sizeof(float));
+  at.skips = take(heads * a.tiles * 4 * (p.fwd.dims.D_per_channel ? kTile : 1) * sizeof(float));
   at.partial_BC = take(
       a.sums_blocks() ? int64_t(a.blocks) * a.shares * a.b * a.tiles * kTile * 2 * n * sizeof(float) : 0);
   at.partial_h = take(int64_t(a.parts) * a.h * kHeadSums * sizeof(double));
@@ -210,6 +225,7 @@ const char* allow_shared(Kernel kernel, int bytes) {
   return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
 }
 
+// After the steps.
 template <class T, int kN>
 const char* launch(const SsdBwdMaps& maps, const SsdBwdArgs& a, cudaStream_t stream) {
   constexpr int kStatesBytes = StatesShared<kN>::kBytes, kChunksBytes = ChunksShared<kN>::kBytes;
@@ -218,31 +234,20 @@ const char* launch(const SsdBwdMaps& maps, const SsdBwdArgs& a, cudaStream_t str
   if (const char* error = allow_shared(states, kStatesBytes)) return error;
   if (const char* error = allow_shared(chunks, kChunksBytes)) return error;
   const int64_t items = int64_t(a.tiles) * a.b * a.blocks * a.shares;
-  const unsigned step_blocks = unsigned(ceil_div(a.h, kStepHeads) * a.chunks * a.b),
-                 gate_blocks = a.z ? unsigned(ceil_div(int64_t(a.b) * a.l, kGateWarps)) : 0;
   const int64_t sum_blocks = ceil_div(a.h, kReduceHeads) * a.parts,
                 factor_blocks = a.sums_blocks() ? 2 * kSms : 0;
-  const bool wide_steps = a.p.fwd.dt.dtype == DType::f32;
-  const auto steps = wide_steps ? ssd_bwd_steps<T, float> : ssd_bwd_steps<T, T>;
-  const auto reduce = wide_steps ? ssd_bwd_reduce<T, float> : ssd_bwd_reduce<T, T>;
-  steps<<<step_blocks + gate_blocks, 32 * kStepWarps, 0, stream>>>(a, step_blocks);
+  const auto reduce = a.p.fwd.dt.dtype == DType::f32 ? ssd_bwd_reduce<T, float> : ssd_bwd_reduce<T, T>;
   states<<<a.cut.blocks, kStateThreads, kStatesBytes, stream>>>(maps, a);
   chunks<<<unsigned(std::min<int64_t>(items, kSms)), kChunkThreads, kChunksBytes, stream>>>(maps, a);
   reduce<<<unsigned(sum_blocks + factor_blocks), kReduceThreads, 0, stream>>>(a);
   return launch_error();
 }
 
-// `gated`: the call that p is without its gate, or p.
-const char* run(const SsdBwd& p, const SsdBwd& gated, const Sequences& seqs, void* memory,
-                cudaStream_t stream) {
-  SsdBwdMaps maps;
-  if (const char* error = make_maps(maps, p)) return error;
+const char* run(const SsdBwd& p, const Sequences& seqs, void* memory, cudaStream_t stream) {
   SsdBwdArgs a = arguments(p, seqs);
-  a.dy = gated.dy;
-  a.z = gated.fwd.z;
-  a.dz = gated.dz;
-  const Workspace at = workspace(a);
+  const Workspace at = workspace(a, p);
   uint8_t* base = static_cast<uint8_t*>(memory);
+  if (p.fwd.z) a.p.dy = grad_of_o(p, base + at.grad_o);
   a.starts = seqs.id.data ? reinterpret_cast<uint64_t*>(base + at.starts) : nullptr;
   a.states = base + at.states;
   a.steps = reinterpret_cast<float*>(base + at.steps);
@@ -257,29 +262,21 @@ const char* run(const SsdBwd& p, const SsdBwd& gated, const Sequences& seqs, voi
   a.flags = a.ticket + 1;
   a.handed = reinterpret_cast<float*>(base + at.handed);
   a.decays = reinterpret_cast<float*>(base + at.decays);
-  const bool is_bf16 = p.fwd.x.dtype == DType::bf16;
+  SsdBwdMaps maps;
+  if (const char* error = make_maps(maps, a.p)) return error;
+  const DType type = p.fwd.x.dtype, dt_type = p.fwd.dt.dtype;
+  if (p.fwd.z) {
+    if (const char* error = ssd_bwd_gate(p, a, base + at.gate, stream)) return error;
+  } else {
+    const auto steps = dt_type == DType::f32    ? ssd_bwd_steps<float>
+                       : dt_type == DType::bf16 ? ssd_bwd_steps<bf16>
+                                                : ssd_bwd_steps<f16>;
+    steps<<<step_blocks(a), 32 * kStepWarps, 0, stream>>>(a);
+  }
   if (p.fwd.dims.n == 128)
-    return is_bf16 ? launch<bf16, 128>(maps, a, stream) : launch<f16, 128>(maps, a, stream);
-  return is_bf16 ? launch<bf16, 64>(maps, a, stream) : launch<f16, 64>(maps, a, stream);
+    return type == DType::bf16 ? launch<bf16, 128>(maps, a, stream) : launch<f16, 128>(maps, a, stream);
+  return type == DType::bf16 ? launch<bf16, 64>(maps, a, stream) : launch<f16, 64>(maps, a, stream);
 }
-
-// A call without its gate; dy is the gradient of o, and before that o itself.
-struct Ungated {
-  SsdBwd call;
-  int64_t bytes;  // of o
-
-  Ungated(const SsdBwd& p, void* o) : call(p) {
-    const SsdDims& dims = p.fwd.dims;
-    call.fwd.z = call.dz = {};
-    call.dy = {o, p.dy.dtype, {dims.l * dims.h * dims.p, dims.h * dims.p, dims.p, 1}};
-    bytes = ceil_div(dims.b * dims.l * dims.h * dims.p * 2, 256) * 256;
-  }
-  SsdFwd forward() const {
-    SsdFwd fwd = call.fwd;
-    fwd.y = call.dy;
-    return fwd;
-  }
-};
 
 }  // namespace
 
@@ -303,8 +300,7 @@ bool ssd_bwd_hopper_takes(const SsdBwd& p, const Sequences& seqs) {
       !reachable(f.C, dims.n, dims.groups_C) || !reachable(p.dB, dims.n, dims.groups_B) ||
       !reachable(p.dC, dims.n, dims.groups_C))
     return false;
-  if (f.z && (f.z.dtype != type || !reachable(f.z, dims.p, dims.h) || !reachable(p.dz, dims.p, dims.h) ||
-              !ssd_fwd_hopper_takes(Ungated(p, nullptr).forward(), seqs)))
+  if (f.z && !(reachable(p.dz, dims.p, dims.h) && ssd_bwd_gate_takes(p, grad_of_o(p, nullptr), seqs)))
     return false;
   for (const void* states : {f.states_in, p.dstates_out})
     if (reinterpret_cast<uintptr_t>(states) % sizeof(float2)) return false;
@@ -314,23 +310,13 @@ bool ssd_bwd_hopper_takes(const SsdBwd& p, const Sequences& seqs) {
   return gpu::device_attribute(cudaDevAttrComputeCapabilityMajor) == 9;
 }
 
-int64_t ssd_bwd_hopper_workspace(const SsdBwd& p, const Sequences& seqs, int64_t states) {
+int64_t ssd_bwd_hopper_workspace(const SsdBwd& p, const Sequences& seqs, int64_t) {
   using namespace gpu::sm90;
-  const int64_t bytes = workspace(arguments(p, seqs)).bytes;
-  if (!p.fwd.z) return bytes;
-  const Ungated inner(p, nullptr);
-  return inner.bytes + std::max(bytes, ssd_fwd_hopper_workspace(inner.forward(), seqs, states));
+  return workspace(arguments(p, seqs), p).bytes;
 }
 
-const char* ssd_bwd_hopper(const SsdBwd& p, const Sequences& seqs, int64_t states, void* memory,
-                           void* cuda_stream) {
-  using namespace gpu::sm90;
-  const cudaStream_t stream = static_cast<cudaStream_t>(cuda_stream);
-  if (!p.fwd.z) return run(p, p, seqs, memory, stream);
-  const Ungated inner(p, memory);
-  void* rest = static_cast<uint8_t*>(memory) + inner.bytes;
-  if (const char* error = ssd_fwd_hopper(inner.forward(), seqs, states, rest, cuda_stream)) return error;
-  return run(inner.call, p, seqs, rest, stream);
+const char* ssd_bwd_hopper(const SsdBwd& p, const Sequences& seqs, int64_t, void* memory, void* stream) {
+  return gpu::sm90::run(p, seqs, memory, static_cast<cudaStream_t>(stream));
 }
 
 }  // namespace mamba_ops

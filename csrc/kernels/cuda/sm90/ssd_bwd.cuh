@@ -29,8 +29,6 @@ struct SsdBwdMaps {
 
 struct SsdBwdArgs {
   SsdBwd p;  // without a gate
-  // Of a call with a gate: what p leaves out. Then p.dy is o, and from the first launch on the gradient of o.
-  View dy, z, dz;
   Sequences seqs;
   int b, l, h;
   int tiles, chunks;             // of a row
@@ -39,16 +37,17 @@ struct SsdBwdArgs {
   int heads, blocks;             // of a block of heads; blocks of a share
   int blocks_B, blocks_C;        // that add to one group of dB, of dC
   int parts;                     // of the last launch's sums over the tokens of a head
+  bool makes_skips;              // with D, unless the gradient of the gate has made them
   Cut cut;                       // of the states' chains, in tiles
   int segments;                  // of a chain; 1: blocks own pieces of chains
   // Workspace; (b h): row * h + head.
-  uint64_t* starts;  // (b, 2 chunks) of 64 tokens: the tokens at which runs begin; null: rows are one run
-  uint8_t* states;   // (b h, chunks, H and G, n / 64, 64, 64) as wgmma reads them
-  float* steps;      // (b h, chunks, delta and s, 128): s as in ssd_steps.cuh, over the chunk
-  float* sums;       // (b h, tiles, kSums, 64)
-  float* anchors;    // (b h, chunks, 4): v of each warp
-  float* D;          // (h, 64); null without D
-  float* skips;      // of each warp, its sum of dy o x: (b h, tiles, 4), of D per channel (b h, tiles, 4, 64)
+  uint64_t* starts;   // (b, 2 chunks) of 64 tokens: the tokens at which runs begin; null: rows are one run
+  uint8_t* states;    // (b h, chunks, H and G, n / 64, 64, 64) as wgmma reads them
+  float* steps;       // (b h, chunks, delta and s, 128): s as in ssd_steps.cuh, over the chunk
+  float* sums;        // (b h, tiles, kSums, 64)
+  float* anchors;     // (b h, chunks, 4): v of each warp
+  float* D;           // (h, 64); null without D
+  float* skips;       // sums of dy o x: (b h, tiles, 4), of D per channel (b h, tiles, skip_rows(), 64)
   float* partial_BC;  // (blocks of shares, b, tiles * 64, dB and dC, n); unused where a group is one block
   double* partial_h;  // (parts, h, 2 + 64): dA, ddt_bias, dD per channel
   int* arrived;       // (h): parts that are done
@@ -57,6 +56,7 @@ struct SsdBwdArgs {
   float* handed;      // (blocks of the states, kStateHeads, 64 n)
   float* decays;      // (blocks of the states, kStateHeads): of segments
 
+  __host__ __device__ int skip_rows() const { return makes_skips ? 4 : 1; }
   __host__ __device__ bool sums_blocks() const { return blocks_B > 1 || blocks_C > 1; }
   __device__ int64_t row_head(int row, int head) const { return int64_t(row) * h + head; }
   __host__ __device__ int handed_count() const {

@@ -58,7 +58,7 @@ __device__ void walk_inputs(const SsdBwdMaps& maps, const SsdBwdArgs& a, uint8_t
       wgmma_commit();
       Fragments grads;
       load_fragments(grads, dy, w);
-      if (a.p.fwd.dims.D_per_channel) {
+      if (a.makes_skips && a.p.fwd.dims.D_per_channel) {
         float products[16];
 #pragma unroll
         for (int c = 0; c < 8; ++c) {

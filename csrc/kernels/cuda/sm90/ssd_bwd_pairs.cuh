@@ -188,7 +188,7 @@ __device__ void walk_pairs(const SsdBwdArgs& a, uint8_t* shared, uint32_t base) 
         rows[r0 + 8] = sums[1];
       }
       const int64_t tile = a.row_head(item.row, head) * a.tiles + item.tile;
-      if (a.D && !a.p.fwd.dims.D_per_channel) {
+      if (a.makes_skips && !a.p.fwd.dims.D_per_channel) {
         skip = warp_sum(skip);
         if (lane == 0) a.skips[tile * 4 + w] = skip;
       }

@@ -43,8 +43,9 @@ __device__ inline void add_chunk(const SsdBwdArgs& a, int row, int chunk, int he
       *reinterpret_cast<const float4*>(a.steps + (row_head * a.chunks + chunk) * 2 * kChunk + 4 * lane);
   const float delta[4] = {delta4.x, delta4.y, delta4.z, delta4.w};
   if (a.D && dims.D_per_channel) {
-    for (int i = 0; i < 4 * tiles; ++i) {
-      const float2 v = *reinterpret_cast<const float2*>(a.skips + (first_tile * 4 + i) * kTile + 2 * lane);
+    for (int i = 0; i < a.skip_rows() * tiles; ++i) {
+      const float* from = a.skips + (first_tile * a.skip_rows() + i) * kTile;
+      const float2 v = *reinterpret_cast<const float2*>(from + 2 * lane);
       total.skip[0] += v.x;
       total.skip[1] += v.y;
     }

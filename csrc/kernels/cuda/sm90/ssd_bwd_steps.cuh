@@ -3,18 +3,22 @@
 //
 // A block takes a chunk and kStepHeads heads: dt comes in along the heads, goes through shared memory, and
 // leaves along the tokens. A warp takes a head, a lane 4 neighbouring tokens. Beyond the row delta is 0 and s
-// stays.
+// stays. A launch of their own, or with a gate what the blocks of its gradient begin with.
 #pragma once
-#include "kernels/cuda/sm90/ssd_bwd_gate.cuh"
+#include "kernels/cuda/sm90/ssd_bwd.cuh"
 
 namespace mamba_ops::gpu::sm90 {
 
-constexpr int kStepHeads = 32, kStepWarps = 8;
-static_assert(kStepWarps == kGateWarps);
+constexpr int kStepHeads = 32;
+using StepBuffer = float[kChunk][kStepHeads + 1];
 
-template <class T>
-__device__ void make_steps(const SsdBwdArgs& a, unsigned block) {
-  __shared__ float dt[kChunk][kStepHeads + 1];
+inline unsigned step_blocks(const SsdBwdArgs& a) {
+  return unsigned((a.h + kStepHeads - 1) / kStepHeads * a.chunks * a.b);
+}
+
+// By kWarps warps; T: of dt.
+template <class T, int kWarps>
+__device__ void make_steps(const SsdBwdArgs& a, unsigned block, StepBuffer& dt) {
   const SsdFwd& f = a.p.fwd;
   const int head_blocks = (a.h + kStepHeads - 1) / kStepHeads;
   const int head0 = int(block % head_blocks) * kStepHeads, heads = min(kStepHeads, a.h - head0);
@@ -22,15 +26,15 @@ __device__ void make_steps(const SsdBwdArgs& a, unsigned block) {
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, t0 = chunk * kChunk;
   const T* from = static_cast<const T*>(f.dt.data) + row * f.dt.stride[0] + head0 * f.dt.stride[2];
 #pragma unroll
-  for (int i = 0; i < kChunk / kStepWarps; ++i) {
-    const int j = i * kStepWarps + warp;
+  for (int i = 0; i < kChunk / kWarps; ++i) {
+    const int j = i * kWarps + warp;
     dt[j][lane] = lane < heads && t0 + j < a.l
                       ? to_real(from[int64_t(t0 + j) * f.dt.stride[1] + lane * f.dt.stride[2]])
                       : 0.f;
   }
   if (chunk == 0 && row == 0) {
     if (threadIdx.x < heads) a.arrived[head0 + threadIdx.x] = 0;
-    for (int i = threadIdx.x; a.D && i < heads * kTile; i += 32 * kStepWarps)
+    for (int i = threadIdx.x; a.D && i < heads * kTile; i += 32 * kWarps)
       a.D[head0 * kTile + i] =
           load_one<float>(f.D, (head0 + i / kTile) * f.D.stride[0] + i % kTile * f.D.stride[1]);
   }
@@ -42,9 +46,9 @@ __device__ void make_steps(const SsdBwdArgs& a, unsigned block) {
   }
   const bool invalid = is_invalid(a.seqs);
   if (block == 0 && a.handed_count())
-    for (int i = threadIdx.x; i < 1 + a.handed_count(); i += 32 * kStepWarps) a.ticket[i] = 0;
+    for (int i = threadIdx.x; i < 1 + a.handed_count(); i += 32 * kWarps) a.ticket[i] = 0;
   __syncthreads();
-  for (int k = warp; k < heads; k += kStepWarps) {
+  for (int k = warp; k < heads; k += kWarps) {
     const float rate = parameter(f.A, head0 + k) * float(kLog2e), bias = parameter(f.dt_bias, head0 + k);
     float delta[4], s[4], sum = 0;
 #pragma unroll
@@ -62,14 +66,12 @@ __device__ void make_steps(const SsdBwdArgs& a, unsigned block) {
   }
 }
 
-// Blocks of steps, then those of the gate. T: type of the tokens, Dt: of dt.
-template <class T, class Dt>
-__global__ void __launch_bounds__(32 * kStepWarps)
-    ssd_bwd_steps(const __grid_constant__ SsdBwdArgs a, unsigned step_blocks) {
-  if (blockIdx.x < step_blocks)
-    make_steps<Dt>(a, blockIdx.x);
-  else
-    pass_gate<T>(a, blockIdx.x - step_blocks);
+constexpr int kStepWarps = 8;
+
+template <class T>
+__global__ void __launch_bounds__(32 * kStepWarps) ssd_bwd_steps(const __grid_constant__ SsdBwdArgs a) {
+  __shared__ StepBuffer buffer;
+  make_steps<T, kStepWarps>(a, blockIdx.x, buffer);
 }
 
 }  // namespace mamba_ops::gpu::sm90

@@ -37,12 +37,9 @@
 // and C and z and y in one tile a slab (0.144 instead of 0.133, gate 0.22: H200); the steps of the next chunk
 // made beside C B^T (0.154 instead of 0.149: H100); flags cleared by a launch beside which the blocks start;
 // loads and stores that L2 drops first; P of both slabs at once where n = 64 leaves the registers.
-#include <algorithm>
-
-#include "kernels/cuda/device.h"
+#include "kernels/cuda/sm90/ssd_fwd_call.h"
 #include "kernels/cuda/sm90/ssd_fwd_ends.cuh"
 #include "kernels/cuda/sm90/ssd_fwd_slab.cuh"
-#include "kernels/cuda/sm90/tensor_map.h"
 #include "kernels/cuda/ssd.h"
 
 namespace mamba_ops {
@@ -56,128 +53,22 @@ __global__ void __launch_bounds__(512, 1)
     ssd_fwd_chunks(const __grid_constant__ Maps maps, const __grid_constant__ FwdArgs args) {
   extern __shared__ uint8_t memory[];
   __shared__ int ticket;
-  const Shared<kN> shared(memory);
-  if (threadIdx.x == 0) {
-    shared.init_barriers();
-    ticket = args.plan.hands_over() ? atomicAdd(args.ticket, 1) : int(blockIdx.x);
-  }
-  uint4* P = reinterpret_cast<uint4*>(shared.bytes + Shared<kN>::kP);
-  for (int k = threadIdx.x; k < 4 * kTile / 16; k += 512) P[k] = make_uint4(0, 0, 0, 0);
-  fence_async_proxy();
-  __syncthreads();
-  const int warpgroup = __shfl_sync(kAllLanes, threadIdx.x / 128, 0);
-  const BlockPieces pieces(args.plan, ticket);
-  if (warpgroup >= 2) {
-    give_registers<kN == 64 ? 104 : 80>();
-    help<T, Dt, kN, kPacked>(maps, args, pieces, shared, warpgroup - 2);
-  } else {
-    take_registers<kN == 64 ? 152 : 176>();
-    scan_slab<T, kN>(maps, args, pieces, shared, ticket, warpgroup);
-  }
-}
-
-int slabs_of(const SsdDims& dims) { return dims.p <= 64 ? 1 : int(dims.p / 64); }
-int padded_n(const SsdDims& dims) { return dims.n <= 64 ? 64 : 128; }
-
-FwdArgs fwd_args(const SsdFwd& p, const Sequences& seqs) {
-  const SsdDims& dims = p.dims;
-  FwdArgs args{};
-  args.l = int(dims.l);
-  args.h = int(dims.h);
-  args.p = int(dims.p);
-  args.n = int(dims.n);
-  args.slabs = slabs_of(dims);
-  args.share = int(dims.sharing()) * args.slabs;
-  args.pairs_of_share = (args.share + 1) / 2;
-  args.pairs = int(dims.h / dims.sharing()) * args.pairs_of_share;
-  args.heads_per_B = int(dims.h / dims.groups_B);
-  args.heads_per_C = int(dims.h / dims.groups_C);
-  args.softplus = dims.softplus;
-  args.D_per_channel = p.D && dims.D_per_channel;
-  args.z = bool(p.z);
-  args.dt_min = float(dims.dt_min);
-  args.dt_max = float(dims.dt_max);
-  args.dt = p.dt;
-  args.A = p.A;
-  args.dt_bias = p.dt_bias;
-  args.D = p.D;
-  args.seqs = seqs;
-  args.states_in = static_cast<const float*>(p.states_in);
-  args.states_out = static_cast<float*>(p.states_out);
-
-  // Segments of a chain where chains leave SMs idle. What enters one is put together from all ends before it:
-  // at most 2 sqrt(chunks) segments.
-  Plan& plan = args.plan;
-  const int sms = int(multiprocessors());
-  plan.chunks = int((dims.l + kQ - 1) / kQ);
-  plan.chains = int(dims.b) * args.pairs;
-  plan.segments = std::max(1, std::min(sms / plan.chains, plan.chunks / 4));
-  while (plan.segments > 1 && int64_t(plan.segments) * plan.segments > 4 * int64_t(plan.chunks))
-    --plan.segments;
-  plan.blocks = plan.segments > 1 ? plan.segments * plan.chains : std::min(plan.chains, sms);
-  plan.parts = plan.segments > 1 ? std::clamp(sms / (plan.chains * (plan.segments - 1)), 1,
-                                              plan.chunks / (4 * plan.segments))
-                                 : 1;
-  return args;
-}
-
-// Cuts the workspace; returns its size.
-int64_t place(FwdArgs& args, int kN, void* workspace) {
-  const Plan& plan = args.plan;
-  int64_t used = 0;
-  const auto take = [&](auto*& pointer, int64_t count) {
-    if (workspace)
-      pointer =
-          reinterpret_cast<std::remove_reference_t<decltype(pointer)>>(static_cast<char*>(workspace) + used);
-    used += (count * int64_t(sizeof(*pointer)) + 255) / 256 * 256;
-  };
-  if (plan.hands_over()) {
-    take(args.ticket, 1 + 2 * plan.blocks);
-    take(args.handed, int64_t(plan.blocks) * 2 * 64 * kN);
-  }
-  if (plan.segments > 1) {
-    take(args.ends, int64_t(plan.chains) * plan.ends() * 2 * 64 * kN);
-    take(args.decays, int64_t(plan.chains) * plan.ends() * 2);
-  }
-  return used;
-}
-
-struct TokenMap {
-  MapDim dims[5];
-};
-// (p, l, slab, h, b) of x, y or z.
-TokenMap slab_map(const SsdDims& dims, const View& v, int slabs, int heads) {
-  return {{{std::min<int64_t>(dims.p, 64), v.stride[3], 64},
-           {dims.l, v.stride[1], kQ},
-           {slabs_of(dims), 64, slabs},
-           {dims.h, v.stride[2], heads},
-           {dims.b, v.stride[0], 1}}};
-}
-// (n, l, g, b) of B or C.
-TokenMap group_map(const SsdDims& dims, const View& v, int64_t groups) {
-  return {{{dims.n, v.stride[3], 64},
-           {dims.l, v.stride[1], kQ},
-           {groups, v.stride[2], 1},
-           {dims.b, v.stride[0], 1},
-           {}}};
+  if (threadIdx.x == 0) ticket = args.take_number();
+  run_block<T, Dt, kN, kPacked>(maps, args, memory, ticket);
 }
 
 template <class T, class Dt, int kN, bool kPacked>
 const char* launch(const Maps& maps, const FwdArgs& args, cudaStream_t stream) {
-  const auto with_shared = [](auto* kernel, int bytes) {
-    return cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
-  };
   const Plan& plan = args.plan;
-  cudaError_t error = cudaSuccess;
-  if (plan.segments > 1) {
+  cudaError_t error = clear_flags(args, stream);
+  if (error == cudaSuccess && plan.segments > 1) {
     constexpr int kBytes = EndsShared<kN>::kBytes;
-    error = with_shared(ssd_fwd_ends<T, Dt, kN, kPacked>, kBytes);
+    error = allow_shared(ssd_fwd_ends<T, Dt, kN, kPacked>, kBytes);
     if (error == cudaSuccess)
       ssd_fwd_ends<T, Dt, kN, kPacked><<<plan.chains * plan.ends(), 384, kBytes, stream>>>(maps, args);
   }
-  if (plan.hands_over()) error = cudaMemsetAsync(args.ticket, 0, (1 + 2 * plan.blocks) * sizeof(int), stream);
   constexpr int kBytes = Shared<kN>::kBytes;
-  if (error == cudaSuccess) error = with_shared(ssd_fwd_chunks<T, Dt, kN, kPacked>, kBytes);
+  if (error == cudaSuccess) error = allow_shared(ssd_fwd_chunks<T, Dt, kN, kPacked>, kBytes);
   if (error != cudaSuccess) return cudaGetErrorString(error);
   ssd_fwd_chunks<T, Dt, kN, kPacked><<<plan.blocks, 512, kBytes, stream>>>(maps, args);
   return launch_error();
@@ -220,18 +111,7 @@ const char* ssd_fwd_hopper(const SsdFwd& p, const Sequences& seqs, int64_t, void
   FwdArgs args = fwd_args(p, seqs);
   place(args, padded_n(dims), workspace);
   Maps maps{};
-  const bool halves = args.slabs > 1;  // a pair: two slabs of a head, or of two heads
-  const char* error = nullptr;
-  const auto make = [&](CUtensorMap& map, const View& v, const TokenMap& token_map, int rank) {
-    if (!error && v)
-      error = make_map(map, p.x.dtype, v.data, token_map.dims, rank, CU_TENSOR_MAP_SWIZZLE_128B);
-  };
-  make(maps.x, p.x, slab_map(dims, p.x, halves ? 2 : 1, halves ? 1 : 2), 5);
-  make(maps.z, p.z, slab_map(dims, p.z, 1, 1), 5);
-  make(maps.y, p.y, slab_map(dims, p.y, 1, 1), 5);
-  make(maps.B, p.B, group_map(dims, p.B, dims.groups_B), 4);
-  make(maps.C, p.C, group_map(dims, p.C, dims.groups_C), 4);
-  if (error) return error;
+  if (const char* error = make_maps(maps, p, args)) return error;
   const cudaStream_t stream = static_cast<cudaStream_t>(cuda_stream);
   const auto go = [&]<class T, class Dt>() {
     const auto sized = [&]<int kN>() {

@@ -19,11 +19,16 @@ constexpr float kLog2E = float(kLog2e), kLn2 = float(1 / kLog2e);
 // How chains are dealt to blocks.
 //   segments = 1  blocks <= chains: no chain is cut more than once. The block before hands the state over.
 //   segments > 1  blocks = segments * chains: a block owns one segment of one chain. What enters it follows
-//                 from the ends of `parts` parts of every segment before, made by a pass of their own.
+//                 from the ends of `parts` parts of every segment before, made by a pass of their own, or
+//                 (makes_ends) by the blocks themselves, of whole segments, before they begin.
 struct Plan : Cut {
   int segments, parts;
+  bool makes_ends;
 
   __host__ __device__ bool hands_over() const { return segments == 1 && cuts_chains(); }
+  // Whether blocks wait for others: then they have a ticket and a flag for each block and slab.
+  __host__ __device__ bool waits() const { return makes_ends || hands_over(); }
+  __host__ __device__ int64_t flag_bytes() const { return (1 + 2 * int64_t(blocks)) * int64_t(sizeof(int)); }
   __host__ __device__ int ends() const { return (segments - 1) * parts; }  // of a chain
   __host__ __device__ int segment_begin(int segment) const {
     return int(int64_t(chunks) * segment / segments);
@@ -47,10 +52,14 @@ struct FwdArgs {
   const float* states_in;  // (b, h, p, n)
   float* states_out;
   Plan plan;
-  int* ticket;    // blocks taken so far; then a flag per block and slab: its state is there
+  int* ticket;    // blocks taken so far; then a flag per block and slab: its state, its end is there
   float* handed;  // (blocks, 2, 64 kN): fragments of states
   float* ends;    // (chains, ends, 2, 64 kN): of parts run from zero
   float* decays;  // (chains, ends, 2)
+  float* skips;   // of gradients: (b, h, chunks, 4), of D per channel (b, h, chunks, 64); null without D
+
+  // By one thread of a block.
+  __device__ int take_number() const { return plan.waits() ? atomicAdd(ticket, 1) : int(blockIdx.x); }
 };
 
 struct Maps {

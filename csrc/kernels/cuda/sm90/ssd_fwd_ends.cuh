@@ -36,10 +36,9 @@ struct EndsShared {
   __device__ uint32_t free(uint32_t stage) const { return full(stage) + 8; }
 };
 
+// Part `number` of a chain.
 template <class T, class Dt, int kN, bool kPacked>
-__global__ void __launch_bounds__(384, 1)
-    ssd_fwd_ends(const __grid_constant__ Maps maps, const __grid_constant__ FwdArgs args) {
-  extern __shared__ uint8_t memory[];
+__device__ void make_end(const Maps& maps, const FwdArgs& args, uint8_t* memory, int chain, int number) {
   using Memory = EndsShared<kN>;
   const Memory shared(memory);
   if (threadIdx.x == 0) {
@@ -52,8 +51,8 @@ __global__ void __launch_bounds__(384, 1)
   __syncthreads();
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32 % 4;
   const int warpgroup = __shfl_sync(kAllLanes, threadIdx.x / 128, 0);
-  const int chain = blockIdx.x / args.plan.ends(), number = blockIdx.x % args.plan.ends();
   const int begin = args.plan.part_begin(number), end = args.plan.part_begin(number + 1), count = end - begin;
+  const int64_t to = int64_t(chain) * args.plan.ends() + number;
   const Pair pair(args, chain);
   constexpr int kStages = Memory::kStages;
   if (warpgroup == 2 && warp < 2) {
@@ -73,7 +72,7 @@ __global__ void __launch_bounds__(384, 1)
       arrive(shared.full(stage));
       later *= steps.decay();
     }
-    if (lane == 0) args.decays[blockIdx.x * 2 + warp] = later;
+    if (lane == 0) args.decays[to * 2 + warp] = later;
   } else if (warpgroup == 2 && warp == 2 && lane == 0) {
     for (uint32_t i = 0; i < count; ++i) {
       const int chunk = end - 1 - int(i), stage = int(i % kStages);
@@ -103,8 +102,16 @@ __global__ void __launch_bounds__(384, 1)
       wgmma_wait<0>();
       arrive(shared.free(stage));
     }
-    store_fragment(args.ends + (int64_t(blockIdx.x) * 2 + warpgroup) * (64 * kN), E);
+    store_fragment(args.ends + (to * 2 + warpgroup) * (64 * kN), E);
   }
+}
+
+template <class T, class Dt, int kN, bool kPacked>
+__global__ void __launch_bounds__(384, 1)
+    ssd_fwd_ends(const __grid_constant__ Maps maps, const __grid_constant__ FwdArgs args) {
+  extern __shared__ uint8_t memory[];
+  const int ends = args.plan.ends();
+  make_end<T, Dt, kN, kPacked>(maps, args, memory, blockIdx.x / ends, blockIdx.x % ends);
 }
 
 }  // namespace mamba_ops::gpu::sm90::forward

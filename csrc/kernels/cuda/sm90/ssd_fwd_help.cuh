@@ -33,8 +33,8 @@ struct Shared {
   __device__ explicit Shared(uint8_t* memory) {
     const uint32_t start = shared_address(memory);
     address = (start + 1023) / 1024 * 1024;
-    bytes = memory + (address - start);
     asm volatile("" : "+r"(address));  // to be kept, not worked out again and again
+    bytes = memory + (address - start);
   }
   __device__ uint32_t B(uint32_t stage) const { return address + stage * kStage; }
   __device__ uint32_t C(uint32_t stage) const { return B(stage) + kFactor; }
