@@ -9,10 +9,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import mamba_ops
-from mamba_ops import _C
+from mamba_ops import _C, reference
 from tests import cases
 from tests.cases import SSD_OPTIONS
-from tests.compare import check, evaluate
+from tests.compare import cast, check, evaluate
 
 OPERATOR = "ssd"
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -172,6 +172,20 @@ def test_other_tiles_of_tensor_cores(
 def test_groups_and_gates_of_tensor_cores(device: str, groups: tuple[int, int]) -> None:
     options = {"options": SSD_OPTIONS, "dtype": torch.bfloat16, "device": device}
     check(OPERATOR, cases.ssd(2, 70, 6, 64, 64, groups=groups, **options))
+
+
+@pytest.mark.parametrize("D_per_channel", [False, True])
+@pytest.mark.parametrize(("p", "n"), [(64, 128), (64, 64), (37, 20)])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_the_gradient_of_D_before_a_gate(
+    device: str, dtype: torch.dtype, p: int, n: int, D_per_channel: bool
+) -> None:
+    """What it sums, the gradient before the gate, is in 16 bits elsewhere; the sum is one of float32."""
+    options = {"options": WITHOUT_LIMIT, "params": torch.float32, "dtype": dtype, "device": device}
+    inputs = cases.ssd(2, 200, 3, p, n, D_per_channel=D_per_channel, **options)
+    got = evaluate(mamba_ops.ssd, inputs, ("y",))["grad D"].double()
+    truth = evaluate(reference.ssd, cast(inputs, torch.float64), ("y",), dtype)["grad D"].double()
+    assert torch.linalg.vector_norm(got - truth) <= 2e-6 * torch.linalg.vector_norm(truth)
 
 
 @pytest.mark.parametrize("pack", cases.PACKS[1:])

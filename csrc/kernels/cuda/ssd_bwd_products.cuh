@@ -131,7 +131,7 @@ __device__ void Backward<F, Sizes>::finish_dx(const Stage& in, const Head& head,
   store_row_sums(tiles.dot[group], dots);
 }
 
-// dz = dy o silu'(z), with o run again.
+// dz = dy o silu'(z), with o run again, and the sums of dy silu(z) x, not rounded before, over 16 tokens.
 template <class F, class Sizes>
 __device__ void Backward<F, Sizes>::gate_gradient(const Stage& in, const Head& head, const Item& at) const {
   R o[kColumnsP / 8][4] = {};
@@ -149,6 +149,7 @@ __device__ void Backward<F, Sizes>::gate_gradient(const Stage& in, const Head& h
           in.x + k * T::kLdP + group * kColumnsP, T::kLdP);
   const View &dy = a.dy.view, &z = a.z.view, &out = a.dz.view;
   const int64_t first_dy = first_of(dy, at), first_z = first_of(z, at), first = first_of(out, at);
+  R D[kColumnsP / 8][2] = {};
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
     const int t = token + 8 * half;
@@ -159,14 +160,27 @@ __device__ void Backward<F, Sizes>::gate_gradient(const Stage& in, const Head& h
       R dz[2] = {};
 #pragma unroll
       for (int k = 0; k < 2; ++k)
-        if (p + k < at.channels)
-          dz[k] = load_one<R>(dy, first_dy + t * dy.stride[1] + (p + k) * dy.stride[3]) *
-                  (o[tile][2 * half + k] + in.skip[p + k] * R(to_real(in.x[t * T::kLdP + p + k]))) *
-                  silu_grad(load_one<R>(z, first_z + t * z.stride[1] + (p + k) * z.stride[3]));
+        if (p + k < at.channels) {
+          const R grad = load_one<R>(dy, first_dy + t * dy.stride[1] + (p + k) * dy.stride[3]);
+          const R gate = load_one<R>(z, first_z + t * z.stride[1] + (p + k) * z.stride[3]);
+          const R x = to_real(in.x[t * T::kLdP + p + k]);
+          dz[k] = grad * (o[tile][2 * half + k] + in.skip[p + k] * x) * silu_grad(gate);
+          D[tile][k] += grad * silu(gate) * x;
+        }
       store_two<F>(a.dz, first + t * out.stride[1] + p * out.stride[3], out.stride[3], dz[0], dz[1],
                    at.channels - p);
     }
   }
+  if (!a.p.dD.data) return;
+#pragma unroll
+  for (int tile = 0; tile < kColumnsP / 8; ++tile)
+#pragma unroll
+    for (int k = 0; k < 2; ++k) {
+      R sum = D[tile][k];
+#pragma unroll
+      for (int d = 4; d < 32; d *= 2) sum += __shfl_xor_sync(kAllLanes, sum, d);
+      if (lane < 4) tiles.D[first_token / 16][group * kColumnsP + 8 * tile + 2 * lane + k] = sum;
+    }
 }
 
 // dB and dC of the chunk: what the pairs add, once for all heads of the block.

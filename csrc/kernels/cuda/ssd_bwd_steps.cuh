@@ -36,7 +36,8 @@ __device__ inline void sums_before(R (&v)[kPerLane]) {
   }
 }
 
-// <H, G>, a sum for every warp, and go_t . x_t over some tokens t for every channel.
+// <H, G>, a sum for every warp, and go_t . x_t over some tokens t for every channel (with a gate:
+// gate_gradient).
 template <class F, class Sizes>
 __device__ void Backward<F, Sizes>::plain_sums(const Stage& in) const {
   R v = 0;
@@ -49,7 +50,7 @@ __device__ void Backward<F, Sizes>::plain_sums(const Stage& in) const {
   }
   v = warp_sum(v);
   if (lane == 0) tiles.v[warp] = v;
-  if (!a.p.dD.data) return;
+  if (!a.p.dD.data || a.z.view.data) return;
   const int p = threadIdx.x % kP, part = threadIdx.x / kP;
   R sum = 0;
   for (int t = part; t < kQ; t += T::kParts)
@@ -76,7 +77,8 @@ __device__ void Backward<F, Sizes>::collect(Head& head, const Item& at) const {
     } else if (p == kP) {
       for (int w = 0; w < T::kWarps; ++w) sum += tiles.v[w];
     } else if (a.p.dD.data) {
-      for (int part = 0; part < T::kParts; ++part) sum += tiles.D[part][p];
+      const int parts = a.z.view.data ? T::kRows : T::kParts;
+      for (int part = 0; part < parts; ++part) sum += tiles.D[part][p];
       if (dims.D_per_channel && p < at.channels) add_sum(at.head, 2 + at.first_p + p, sum);
     }
     R& to = which < 4 ? head.sums[which][t] : p == kP ? head.v : head.D[p];

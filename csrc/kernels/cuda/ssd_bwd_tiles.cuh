@@ -84,7 +84,7 @@ struct BwdTiles : Sizes {
   R r[kGroups][kQ], k[kGroups][kQ], dot[kGroups][kQ];
   R D[kParts][kP];
   R v[kWarps];
-  static_assert(kLdQ >= kLdP);
+  static_assert(kLdQ >= kLdP && kParts >= kRows);
 };
 
 }  // namespace mamba_ops::gpu
