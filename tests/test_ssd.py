@@ -349,7 +349,7 @@ def long_inputs(device: str, dtype: torch.dtype, l: int, h: int, p: int, n: int)
 
 def test_a_long_call_equals_its_parts(device: str) -> None:
     """On a GPU the backward runs span by span of the sequence here: its workspace is bounded."""
-    sizes = (2048, 2, 8, 8) if device == "cpu" else (4096, 48, 256, 256)
+    sizes = (2048, 2, 8, 8) if device == "cpu" else (16384, 48, 256, 256)
     inputs = long_inputs(device, torch.float32, *sizes)
     leaves = inputs | {name: inputs[name].clone().requires_grad_() for name in TOKENS}
     y, state = mamba_ops.ssd(**leaves)

@@ -23,7 +23,7 @@
 //
 // No atomics, every order is fixed by the sizes and the GPU's kind: bitwise repeatable. Nothing but the
 // inputs is saved. Workspace: the states of cells, in the factors' type, for spans of the sequences that take
-// at most kSpanValues together (1 GiB in 16 bits, at least one cell): longer calls run 2 and 3 for span after
+// at most kSpanValues together (4 GiB in 16 bits, at least one cell): longer calls run 2 and 3 for span after
 // span. Beside that the ends of 1 and the partial sums of 4, of which those of dB and dC are not needed where
 // one block has all heads of a group.
 //
@@ -40,7 +40,7 @@ namespace gpu {
 
 namespace {
 
-constexpr int64_t kSpanValues = int64_t(1) << 29;
+constexpr int64_t kSpanValues = int64_t(1) << 31;
 constexpr int kReduceThreads = 256;
 
 template <class F, class Sizes>
