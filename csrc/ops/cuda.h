@@ -31,16 +31,26 @@ class CudaCall {
   void launched(const char* error) const {
     if (error) fail(op_, std::string("CUDA: ") + error);
   }
-  // The sequences of a (b, l) call, whose shapes were checked. cu_seqlens are turned into ids by a kernel,
-  // and those into bits where runs begin by another, if the operator wants them.
-  Sequences sequences(int64_t l, const OptTensor& seq_idx, const OptTensor& cu_seqlens, bool starts = false) {
+  // The sequences of a (b, l) call, whose shapes were checked; of packs without ids.
+  Sequences given_sequences(const OptTensor& seq_idx, const OptTensor& cu_seqlens) const {
     Sequences seqs;
     if (seq_idx) seqs.id = index_view(*seq_idx);
     if (cu_seqlens) {
+      seqs.cu_seqlens = index_view(*cu_seqlens);
+      seqs.count = cu_seqlens->numel() - 1;
+    }
+    return seqs;
+  }
+  // With ids: cu_seqlens are turned into them by a kernel, and they into bits where runs begin by another, if
+  // the operator wants those.
+  Sequences sequences(int64_t l, const OptTensor& seq_idx, const OptTensor& cu_seqlens, bool starts = false) {
+    Sequences seqs = given_sequences(seq_idx, cu_seqlens);
+    if (cu_seqlens) {
       ids_ = empty({l + 1}, ScalarType::Int, *cu_seqlens);
       int32_t* id = static_cast<int32_t*>(ids_->data_ptr());
-      seqs = {.id = {id, false, {0, 1}}, .cu_seqlens = index_view(*cu_seqlens), .invalid = id + l};
-      launched(sequence_ids_cuda(seqs.cu_seqlens, cu_seqlens->numel() - 1, l, id, stream_));
+      launched(sequence_ids_cuda(seqs, l, id, stream_));
+      seqs.id = {id, false, {0, 1}};
+      seqs.invalid = id + l;
     }
     if (starts && seqs.id.data) {
       const int64_t b = seq_idx ? seq_idx->size(0) : 1;

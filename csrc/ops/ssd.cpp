@@ -221,7 +221,7 @@ void backward_cpu(const SsdCall& call, SsdBwd params, const Tensor& x) {
 template <class Params>
 void run_cuda(const SsdCall& call, const Params& params, const parts::SsdInputs& in) {
   CudaCall cuda(call.check.op(), in.x);
-  const Sequences seqs = cuda.sequences(call.params.dims.l, in.seq_idx, in.cu_seqlens);
+  const Sequences seqs = cuda.given_sequences(in.seq_idx, in.cu_seqlens);
   const SsdKernel<Params> kernel = ssd_kernel(params, seqs);
   const Tensor workspace = empty({kernel.workspace(params, seqs, call.states)}, ScalarType::Byte, in.x);
   cuda.launched(kernel.launch(params, seqs, call.states, workspace.data_ptr(), cuda.stream()));

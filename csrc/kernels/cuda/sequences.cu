@@ -1,5 +1,5 @@
-// id_t = the largest k in [0, s) with cu_k <= t: by bisection, one thread a token. Empty sequences own no
-// token. The first block checks 0 = cu_0 <= ... <= cu_s = l instead and writes the verdict behind the ids.
+// The ids of a pack, one thread a token. The first block checks the offsets instead and writes the verdict
+// behind the ids.
 #include <algorithm>
 #include <climits>
 
@@ -11,30 +11,15 @@ namespace {
 
 constexpr int kThreads = 256;
 
-__global__ void sequence_ids(const IndexView cu, int64_t s, int64_t l, int32_t* id) {
+__global__ void sequence_ids(const Sequences seqs, int64_t l, int32_t* id) {
   if (blockIdx.x == 0) {
-    bool bad = false;
-    for (int64_t k = threadIdx.x; k <= s; k += kThreads) {
-      const int64_t here = gpu::index_at(cu, k * cu.stride[0]);
-      bad |= k == 0 ? here != 0 : here < gpu::index_at(cu, (k - 1) * cu.stride[0]);
-      bad |= k == s && here != l;
-    }
-    bad = __syncthreads_or(bad);
-    if (threadIdx.x == 0) id[l] = bad;
+    const bool invalid = gpu::is_invalid_pack(seqs, l);
+    if (threadIdx.x == 0) id[l] = invalid;
     return;
   }
   const int64_t stride = int64_t(gridDim.x - 1) * kThreads;
-  for (int64_t t = int64_t(blockIdx.x - 1) * kThreads + threadIdx.x; t < l; t += stride) {
-    int64_t low = 0, high = s - 1;
-    while (low < high) {
-      const int64_t middle = (low + high + 1) / 2;
-      if (gpu::index_at(cu, middle * cu.stride[0]) <= t)
-        low = middle;
-      else
-        high = middle - 1;
-    }
-    id[t] = int32_t(low);
-  }
+  for (int64_t t = int64_t(blockIdx.x - 1) * kThreads + threadIdx.x; t < l; t += stride)
+    id[t] = int32_t(gpu::sequence_at(seqs, t));
 }
 
 // A warp makes one word.
@@ -58,9 +43,9 @@ const char* run_starts_cuda(const Sequences& seqs, int64_t b, int64_t l, uint32_
   return gpu::launch_error();
 }
 
-const char* sequence_ids_cuda(const IndexView& cu_seqlens, int64_t s, int64_t l, int32_t* id, void* stream) {
+const char* sequence_ids_cuda(const Sequences& seqs, int64_t l, int32_t* id, void* stream) {
   const int64_t blocks = 1 + std::clamp<int64_t>((l + kThreads - 1) / kThreads, 1, INT_MAX - 1);
-  sequence_ids<<<unsigned(blocks), kThreads, 0, static_cast<cudaStream_t>(stream)>>>(cu_seqlens, s, l, id);
+  sequence_ids<<<unsigned(blocks), kThreads, 0, static_cast<cudaStream_t>(stream)>>>(seqs, l, id);
   return gpu::launch_error();
 }
 

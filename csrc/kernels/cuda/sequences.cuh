@@ -9,11 +9,42 @@ __device__ inline int64_t index_at(const IndexView& v, int64_t offset) {
   return v.wide ? static_cast<const int64_t*>(v.data)[offset] : static_cast<const int32_t*>(v.data)[offset];
 }
 
+__device__ inline int64_t offset_at(const Sequences& seqs, int64_t k) {
+  return index_at(seqs.cu_seqlens, k * seqs.cu_seqlens.stride[0]);
+}
+
 __device__ inline bool is_invalid(const Sequences& seqs) { return seqs.invalid && *seqs.invalid; }
+// The same of packs without ids, by all threads of a block: whether not 0 = cu_0 <= ... <= cu_s = l.
+__device__ inline bool is_invalid_pack(const Sequences& seqs, int64_t l) {
+  if (!seqs.cu_seqlens.data) return false;
+  bool bad = false;
+  for (int64_t k = threadIdx.x; k <= seqs.count; k += blockDim.x) {
+    const int64_t here = offset_at(seqs, k);
+    bad |= k == 0 ? here != 0 : here < offset_at(seqs, k - 1);
+    bad |= k == seqs.count && here != l;
+  }
+  return __syncthreads_or(bad);
+}
+
+// The sequence of token t of a pack: the largest k in [0, s) with cu_k <= t, or 0; empty sequences own no
+// token. Within [0, s) for offsets of any value.
+__device__ inline int64_t sequence_at(const Sequences& seqs, int64_t t) {
+  if (seqs.id.data) return index_at(seqs.id, t * seqs.id.stride[1]);
+  int64_t low = 0, high = seqs.count - 1;
+  while (low < high) {
+    const int64_t middle = (low + high + 1) / 2;
+    if (offset_at(seqs, middle) <= t)
+      low = middle;
+    else
+      high = middle - 1;
+  }
+  return low;
+}
 
 // Whether a run begins at token t of a row, 0 < t < l.
 __device__ inline bool begins(const Sequences& seqs, int64_t row, int64_t t) {
-  if (!seqs.id.data) return false;
+  if (!seqs.has_runs()) return false;
+  if (!seqs.id.data) return offset_at(seqs, sequence_at(seqs, t)) == t;
   const int64_t at = row * seqs.id.stride[0] + t * seqs.id.stride[1];
   return index_at(seqs.id, at) != index_at(seqs.id, at - seqs.id.stride[1]);
 }
@@ -47,7 +78,7 @@ __device__ inline unsigned run_starts(const Sequences& seqs, int64_t row, int64_
 
 // The row of the states that enter the run which begins at `begin`, or -1.
 __device__ inline int64_t state_row(const Sequences& seqs, int64_t row, int64_t begin) {
-  if (seqs.cu_seqlens.data) return index_at(seqs.id, begin * seqs.id.stride[1]);
+  if (seqs.cu_seqlens.data) return sequence_at(seqs, begin);
   return begin == 0 ? row : -1;
 }
 
@@ -57,7 +88,7 @@ __device__ inline bool is_edge(const Sequences& seqs, int64_t row, int64_t t, in
 }
 // The row of the states that leave the run which ends before `end`, or -1.
 __device__ inline int64_t state_row_out(const Sequences& seqs, int64_t row, int64_t end, int64_t l) {
-  if (seqs.cu_seqlens.data) return index_at(seqs.id, (end - 1) * seqs.id.stride[1]);
+  if (seqs.cu_seqlens.data) return sequence_at(seqs, end - 1);
   return end == l ? row : -1;
 }
 

@@ -50,7 +50,7 @@ __global__ void __launch_bounds__(BwdTiles<F, Sizes>::kThreads, 1) ssd_backward(
   const int64_t rest = blockIdx.x / a.blocks;
   Backward<F, Sizes> backward(a, *reinterpret_cast<T*>(memory), rest / a.count, a.first_cell + rest % a.count,
                               blockIdx.x % a.blocks);
-  if (is_invalid(a.seqs))
+  if (is_invalid_pack(a.seqs, a.p.fwd.dims.l))
     backward.fill_nan();
   else
     backward.run();
@@ -58,7 +58,7 @@ __global__ void __launch_bounds__(BwdTiles<F, Sizes>::kThreads, 1) ssd_backward(
 
 // Block (head, which): the sum of one number over all rows and cells.
 template <class R>
-__device__ void reduce_sums(const BwdArgs& a, int64_t head, int64_t which) {
+__device__ void reduce_sums(const BwdArgs& a, int64_t head, int64_t which, bool invalid) {
   __shared__ double shared[kReduceThreads];
   const int64_t width = a.sums_width(), h = a.p.fwd.dims.h, count = a.p.fwd.dims.b * a.cells;
   double sum = 0;
@@ -70,7 +70,7 @@ __device__ void reduce_sums(const BwdArgs& a, int64_t head, int64_t which) {
     if (threadIdx.x < d) shared[threadIdx.x] += shared[threadIdx.x + d];
   }
   if (threadIdx.x != 0) return;
-  sum = is_invalid(a.seqs) ? double(NAN) : shared[0];
+  sum = invalid ? double(NAN) : shared[0];
   if (which == 0)
     store_one(a.p.dA, head * a.p.dA.stride[0], sum);
   else if (which > 1)
@@ -81,7 +81,7 @@ __device__ void reduce_sums(const BwdArgs& a, int64_t head, int64_t which) {
 
 // dB and dC from the partial sums of the blocks of heads; with bad offsets NaN in any case.
 template <class R>
-__device__ void reduce_BC(const BwdArgs& a, int64_t first, int64_t stride) {
+__device__ void reduce_BC(const BwdArgs& a, int64_t first, int64_t stride, bool invalid) {
   const SsdDims& dims = a.p.fwd.dims;
   const int64_t ldn = ssd_padded_n(dims), tokens = dims.b * dims.l;
   for (int which = 0; which < 2; ++which) {
@@ -90,7 +90,7 @@ __device__ void reduce_BC(const BwdArgs& a, int64_t first, int64_t stride) {
     for (int64_t i = first; i < tokens * groups * dims.n; i += stride) {
       const int64_t n = i % dims.n, group = i / dims.n % groups, token = i / dims.n / groups;
       R sum = 0;
-      if (is_invalid(a.seqs))
+      if (invalid)
         sum = NAN;
       else
         for (int64_t k = group * blocks; k < (group + 1) * blocks; ++k)
@@ -106,17 +106,20 @@ __device__ void reduce_BC(const BwdArgs& a, int64_t first, int64_t stride) {
 template <class R>
 __global__ void __launch_bounds__(kReduceThreads) ssd_reduce(const BwdArgs a) {
   const int64_t sums = a.p.fwd.dims.h * a.sums_width();
+  const bool invalid = is_invalid_pack(a.seqs, a.p.fwd.dims.l);
   if (blockIdx.x < sums)
-    reduce_sums<R>(a, blockIdx.x / a.sums_width(), blockIdx.x % a.sums_width());
-  else if (a.partial_BC || is_invalid(a.seqs) || a.p.fwd.dims.h == 0)
-    reduce_BC<R>(a, (blockIdx.x - sums) * kReduceThreads + threadIdx.x, (gridDim.x - sums) * kReduceThreads);
+    reduce_sums<R>(a, blockIdx.x / a.sums_width(), blockIdx.x % a.sums_width(), invalid);
+  else if (a.partial_BC || invalid || a.p.fwd.dims.h == 0)
+    reduce_BC<R>(a, (blockIdx.x - sums) * kReduceThreads + threadIdx.x, (gridDim.x - sums) * kReduceThreads,
+                 invalid);
 }
 
 template <class R>
-__global__ void pass_all_gradients(const R* from, R* to, int64_t count, const Sequences seqs) {
+__global__ void pass_all_gradients(const R* from, R* to, int64_t count, const Sequences seqs, int64_t l) {
+  const bool invalid = is_invalid_pack(seqs, l);
   for (int64_t i = int64_t(blockIdx.x) * blockDim.x + threadIdx.x; i < count;
        i += int64_t(gridDim.x) * blockDim.x)
-    to[i] = is_invalid(seqs) ? R(NAN) : from ? from[i] : R(0);
+    to[i] = invalid ? R(NAN) : from ? from[i] : R(0);
 }
 
 // How a call is cut, and where its workspace lies.
@@ -305,7 +308,7 @@ const char* ssd_bwd_portable(const SsdBwd& p, const Sequences& seqs, int64_t sta
     const int64_t count = states * dims.h * dims.p * dims.n;
     if (dims.b * dims.l * dims.h == 0 && p.dstates_in && count > 0)
       pass_all_gradients<R><<<256, 256, 0, stream>>>(static_cast<const R*>(p.dstates_out),
-                                                     static_cast<R*>(p.dstates_in), count, seqs);
+                                                     static_cast<R*>(p.dstates_in), count, seqs, dims.l);
     return BwdLaunch<F, Sizes>(p, seqs, states, workspace, stream).run();
   });
 }

@@ -50,7 +50,7 @@ __global__ void __launch_bounds__(FwdTiles<F, Sizes>::kThreads, FwdTiles<F, Size
   id /= unsigned(dims.h);
   Forward<F, Sizes> forward(a, *reinterpret_cast<T*>(memory), int(id % unsigned(dims.b)), head,
                             int(id / unsigned(dims.b)), first_p);
-  if (is_invalid(a.seqs))
+  if (is_invalid_pack(a.seqs, dims.l))
     forward.fill_nan();
   else
     forward.run();
@@ -58,10 +58,11 @@ __global__ void __launch_bounds__(FwdTiles<F, Sizes>::kThreads, FwdTiles<F, Size
 
 // The final states of rows or sequences without tokens.
 template <class R>
-__global__ void pass_all_states(const R* from, R* to, int64_t count, const Sequences seqs) {
+__global__ void pass_all_states(const R* from, R* to, int64_t count, const Sequences seqs, int64_t l) {
+  const bool invalid = is_invalid_pack(seqs, l);
   for (int64_t i = int64_t(blockIdx.x) * blockDim.x + threadIdx.x; i < count;
        i += int64_t(gridDim.x) * blockDim.x)
-    to[i] = is_invalid(seqs) ? R(NAN) : from ? from[i] : R(0);
+    to[i] = invalid ? R(NAN) : from ? from[i] : R(0);
 }
 
 // Pieces of the rows, where whole rows are too few blocks to fill the GPU.
@@ -153,7 +154,7 @@ const char* ssd_fwd_portable(const SsdFwd& p, const Sequences& seqs, int64_t sta
   return by_factors(p, [&]<class F>() {
     using R = typename F::Real;
     pass_all_states<R><<<256, 256, 0, stream>>>(static_cast<const R*>(p.states_in),
-                                                static_cast<R*>(p.states_out), count, seqs);
+                                                static_cast<R*>(p.states_out), count, seqs, dims.l);
     return launch_error();
   });
 }

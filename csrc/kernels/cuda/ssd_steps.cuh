@@ -49,7 +49,8 @@ __device__ inline R warp_sum(R v) {
 
 // The first run start in (begin, end), or `end`. By a whole warp; every lane gets it.
 __device__ inline int64_t first_start(const Sequences& seqs, int64_t row, int64_t begin, int64_t end) {
-  if (!seqs.id.data) return end;
+  if (!seqs.has_runs()) return end;
+  if (!seqs.id.data) return min(max(offset_at(seqs, sequence_at(seqs, begin) + 1), begin + 1), end);
   for (int64_t t = begin + 1; t < end; t += 32) {
     const int64_t mine = t + threadIdx.x % 32;
     const unsigned starts = __ballot_sync(kAllLanes, mine < end && begins(seqs, row, mine));
@@ -59,7 +60,8 @@ __device__ inline int64_t first_start(const Sequences& seqs, int64_t row, int64_
 }
 // The last run start in (begin, end), or `begin`.
 __device__ inline int64_t last_start(const Sequences& seqs, int64_t row, int64_t begin, int64_t end) {
-  if (!seqs.id.data) return begin;
+  if (!seqs.has_runs()) return begin;
+  if (!seqs.id.data) return max(min(offset_at(seqs, sequence_at(seqs, end - 1)), end - 1), begin);
   for (int64_t t = end; t > begin + 1; t -= 32) {
     const int64_t mine = t - 32 + threadIdx.x % 32;
     const unsigned starts = __ballot_sync(kAllLanes, mine > begin && begins(seqs, row, mine));

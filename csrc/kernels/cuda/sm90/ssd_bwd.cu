@@ -174,7 +174,7 @@ Workspace workspace(const SsdBwdArgs& a, const SsdBwd& p) {
     at.grad_o = take(heads * a.l * kTile * 2);
     at.gate = take(ssd_bwd_gate_workspace(p, a.seqs));
   }
-  at.starts = take(a.seqs.id.data ? int64_t(a.b) * a.chunks * 2 * sizeof(uint64_t) : 0);
+  at.starts = take(a.seqs.has_runs() ? int64_t(a.b) * a.chunks * 2 * sizeof(uint64_t) : 0);
   at.states = take(heads * a.chunks * 2 * (n / 64) * kTileBytes);
   at.steps = take(heads * a.chunks * kStepBytes);
   at.sums = take(heads * a.tiles * kSums * kTile * sizeof(float));
@@ -248,7 +248,7 @@ const char* run(const SsdBwd& p, const Sequences& seqs, void* memory, cudaStream
   const Workspace at = workspace(a, p);
   uint8_t* base = static_cast<uint8_t*>(memory);
   if (p.fwd.z) a.p.dy = grad_of_o(p, base + at.grad_o);
-  a.starts = seqs.id.data ? reinterpret_cast<uint64_t*>(base + at.starts) : nullptr;
+  a.starts = seqs.has_runs() ? reinterpret_cast<uint64_t*>(base + at.starts) : nullptr;
   a.states = base + at.states;
   a.steps = reinterpret_cast<float*>(base + at.steps);
   a.sums = reinterpret_cast<float*>(base + at.sums);

@@ -96,8 +96,8 @@ const char* ssd_bwd_gate(const SsdBwd& p, const SsdBwdArgs& a, void* workspace, 
   if (const char* error = make(maps.grad_o, a.p.dy)) return error;
   const auto go = [&]<class T, class Dt>() {
     const auto sized = [&]<int kN>() {
-      return a.seqs.id.data ? launch<T, Dt, kN, true>(maps, args, a, stream)
-                            : launch<T, Dt, kN, false>(maps, args, a, stream);
+      return a.seqs.has_runs() ? launch<T, Dt, kN, true>(maps, args, a, stream)
+                               : launch<T, Dt, kN, false>(maps, args, a, stream);
     };
     return padded_n(dims) == 64 ? sized.template operator()<64>() : sized.template operator()<128>();
   };

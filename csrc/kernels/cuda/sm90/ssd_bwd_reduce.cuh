@@ -153,9 +153,10 @@ __device__ void reduce_heads(const SsdBwdArgs& a, int block, int part) {
   if (!is_last) return;
   __threadfence();
   const int sums = per_channel ? kHeadSums : 3;
+  const bool invalid = is_invalid_pack(a.seqs, a.l);
   for (int i = threadIdx.x; i < heads * sums; i += kReduceThreads) {
     const int k = i / sums, which = i % sums, of = head0 + k;
-    double sum = is_invalid(a.seqs) ? NAN : 0;
+    double sum = invalid ? NAN : 0;
     for (int64_t j = 0; j < a.parts; ++j) sum += __ldcg(a.partial_h + (j * a.h + of) * kHeadSums + which);
     if (which == 0)
       store_one(p.dA, of * p.dA.stride[0], sum);

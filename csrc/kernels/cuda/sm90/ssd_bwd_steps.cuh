@@ -44,7 +44,7 @@ __device__ void make_steps(const SsdBwdArgs& a, unsigned block, StepBuffer& dt) 
     if (lane == 0)
       reinterpret_cast<uint32_t*>(a.starts)[(int64_t(row) * a.chunks + chunk) * (kChunk / 32) + warp] = bits;
   }
-  const bool invalid = is_invalid(a.seqs);
+  const bool invalid = is_invalid_pack(a.seqs, a.l);
   if (block == 0 && a.handed_count())
     for (int i = threadIdx.x; i < 1 + a.handed_count(); i += 32 * kWarps) a.ticket[i] = 0;
   __syncthreads();

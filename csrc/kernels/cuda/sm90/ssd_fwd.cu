@@ -115,8 +115,8 @@ const char* ssd_fwd_hopper(const SsdFwd& p, const Sequences& seqs, int64_t, void
   const cudaStream_t stream = static_cast<cudaStream_t>(cuda_stream);
   const auto go = [&]<class T, class Dt>() {
     const auto sized = [&]<int kN>() {
-      return seqs.id.data ? launch<T, Dt, kN, true>(maps, args, stream)
-                          : launch<T, Dt, kN, false>(maps, args, stream);
+      return seqs.has_runs() ? launch<T, Dt, kN, true>(maps, args, stream)
+                             : launch<T, Dt, kN, false>(maps, args, stream);
     };
     return padded_n(dims) == 64 ? sized.template operator()<64>() : sized.template operator()<128>();
   };

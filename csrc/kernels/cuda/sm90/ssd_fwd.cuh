@@ -102,14 +102,14 @@ __device__ inline float softplus_fast(float v) {
   return v > 20 ? v : log;
 }
 
-// What a head does to its steps.
+// What a head does to its steps. With invalid offsets they are not numbers, nor is what comes of them.
 struct HeadRates {
   float A, bias, D;  // A log2(e); D where it is one per head
 
-  __device__ HeadRates(const FwdArgs& args, int head) {
+  __device__ HeadRates(const FwdArgs& args, int head, bool invalid) {
     const auto load = [&](const View& v) { return v.data ? load_one<float>(v, head * v.stride[0]) : 0.f; };
     A = load(args.A) * kLog2E;
-    bias = load(args.dt_bias);
+    bias = invalid ? __int_as_float(0x7fc00000) : load(args.dt_bias);
     D = args.D_per_channel ? 0.f : load(args.D);
   }
 };
@@ -186,7 +186,6 @@ struct LaneSteps {
 
  private:
   __device__ void find_starts(const FwdArgs& args, int row, int first) {
-    if (is_invalid(args.seqs)) dt[0] = dt[1] = __int_as_float(0x7fc00000);
     bool begin[2];
 #pragma unroll
     for (int k = 0; k < 2; ++k)

@@ -49,6 +49,7 @@ __device__ void make_end(const Maps& maps, const FwdArgs& args, uint8_t* memory,
     barriers_ready();
   }
   __syncthreads();
+  const bool invalid = kPacked && is_invalid_pack(args.seqs, args.l);
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32 % 4;
   const int warpgroup = __shfl_sync(kAllLanes, threadIdx.x / 128, 0);
   const int begin = args.plan.part_begin(number), end = args.plan.part_begin(number + 1), count = end - begin;
@@ -57,7 +58,7 @@ __device__ void make_end(const Maps& maps, const FwdArgs& args, uint8_t* memory,
   constexpr int kStages = Memory::kStages;
   if (warpgroup == 2 && warp < 2) {
     const int head = pair.head_of(args, warp);
-    const HeadRates rates(args, head);
+    const HeadRates rates(args, head, invalid);
     StepReader<Dt> reader{lane};
     reader.aim(args, pair.row, head, end - 1);
     reader.read(args, end - 1);

@@ -220,7 +220,7 @@ __device__ inline void load(const Maps& maps, const Shared<kN>& shared, uint32_t
 // free, beside the work on this one: S waits for nothing else, and memory answers late.
 template <class T, class Dt, int kN, bool kPacked>
 __device__ void help(const Maps& maps, const FwdArgs& args, const BlockPieces& pieces,
-                     const Shared<kN>& shared, int which) {
+                     const Shared<kN>& shared, int which, bool invalid) {
   constexpr int kStages = Shared<kN>::kStages;
   const int lane = int(threadIdx.x % 32), warp = __shfl_sync(kAllLanes, threadIdx.x / 32 % 4, 0);
   Pair& pair = shared.pair(which);    // warp 2: of the loads
@@ -240,7 +240,7 @@ __device__ void help(const Maps& maps, const FwdArgs& args, const BlockPieces& p
     if (warp < 2) {
       HeadRates& head = shared.head(which, warp);
       if (at.piece != piece) [[unlikely]] {
-        if (lane == 0) head = HeadRates(args, Pair(args, at.chain).head_of(args, warp));
+        if (lane == 0) head = HeadRates(args, Pair(args, at.chain).head_of(args, warp), invalid);
         __syncwarp();
       }
       const LaneSteps<kPacked> steps(args, reader, head, at.chain, at.chunk);

@@ -229,11 +229,12 @@ __device__ void run_block(const MapsOf& maps, const FwdArgs& args, uint8_t* memo
   for (int k = threadIdx.x; k < 4 * kTile / 16; k += 512) P[k] = make_uint4(0, 0, 0, 0);
   fence_async_proxy();
   __syncthreads();
+  const bool invalid = kPacked && is_invalid_pack(args.seqs, args.l);
   const int warpgroup = __shfl_sync(kAllLanes, threadIdx.x / 128, 0), index = number;
   const BlockPieces pieces(args.plan, index);
   if (warpgroup >= 2) {
     give_registers<kN == 64 ? 104 : 80>();
-    help<T, Dt, kN, kPacked>(maps, args, pieces, Shared<kN>(memory), warpgroup - 2);
+    help<T, Dt, kN, kPacked>(maps, args, pieces, Shared<kN>(memory), warpgroup - 2, invalid);
   } else {
     take_registers<kN == 64 ? 152 : 176>();
     scan_slab<T, kN>(maps, args, pieces, Shared<kN>(memory), index, warpgroup);
