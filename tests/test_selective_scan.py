@@ -137,6 +137,16 @@ def test_sixteen_states_of_many_rows(device: str, b: int, dtype: torch.dtype) ->
 
 
 @pytest.mark.parametrize("device", ["cuda"], indirect=True)
+@pytest.mark.parametrize(
+    ("l", "layout"), [(1, "transposed"), (8, "contiguous"), (75, "transposed"), (132, "contiguous")]
+)
+@pytest.mark.parametrize("dtype", DTYPES[:3])
+def test_sixteen_states_of_many_short_rows(device: str, dtype: torch.dtype, l: int, layout: str) -> None:
+    sizes = {"layout": layout, "dtype": dtype, "device": device}
+    check(OPERATOR, cases.selective_scan(600, 24, l, 16, options=SCAN_OPTIONS, **sizes))
+
+
+@pytest.mark.parametrize("device", ["cuda"], indirect=True)
 def test_paths_agree_where_partial_sums_exceed_their_memory(device: str) -> None:
     """The sums over channels then take several launches. Too large for the reference."""
     small = cases.selective_scan(

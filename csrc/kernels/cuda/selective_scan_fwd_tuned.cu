@@ -11,9 +11,10 @@
 // group before it waits again. No value is summed by two threads: bitwise repeatable. Tail tokens are a group
 // with steps of zero.
 //
-// Special-function units and issue slots bound it: 39 of some 250 instructions of a warp and group are
-// special functions, at 8 cycles each. On an H200 with b4 d5120 l4096 and all options, 0.615 ms in bfloat16,
-// 0.77 in float32; in turns, b1 d2048 l65536, 1.09 ms and 1.84.
+// Special-function units and issue slots bound it: 39 of some 235 instructions of a warp and group are
+// special functions, at 8 cycles each; beside them a tf32 product takes some 4 cycles from the others. On an
+// H100 with b4 d5120 l4096 and all options, 0.585 ms in bfloat16, 0.77 in float32; b8 d1536 l2048, 0.189 ms.
+// In turns on an H200, b1 d2048 l65536, 1.09 ms and 1.84.
 #include <algorithm>
 #include <climits>
 
@@ -86,28 +87,36 @@ struct Relay {
 // Constants of a call.
 struct Strides {
   uint32_t u, delta, z, y, B, C;  // bytes by which a warp moves on after a group
-  float softplus_limit;
+  float softplus_limit, softplus_limit_log2;
 };
 
-// Asks for the rows of a later group of u, delta and z: 8 rows of 32 channels of the block in 16 bits. The
-// block has 4 warps.
+// Asks for a later group of u, delta and z, 8 rows of 32 channels of the block in 16 bits, and of B and C.
+// The block has 4 warps; a warp takes a tensor, the last one B and C.
 template <class T>
 struct Prefetch {
   const T* p = nullptr;
   uint32_t bytes;
 
   __device__ Prefetch(const ScanFwd& params, const Strides& strides, int64_t row, int64_t channel) {
-    const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
+    const ScanDims& dims = params.dims;
+    const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp, part = lane % 2;
+    const int64_t token = lane / 2 + kAheadGroups * kGroup;
+    if (lane / 2 >= kGroup) return;
+    if (warp == 3) {
+      p = factor<T>(part ? params.C : params.B, part ? dims.groups_C : dims.groups_B, dims, row, channel,
+                    token);
+      bytes = part ? strides.C : strides.B;
+      return;
+    }
     const View& v = warp == 0 ? params.u : warp == 1 ? params.delta : params.z;
     bytes = warp == 0 ? strides.u : warp == 1 ? strides.delta : strides.z;
-    channel += (lane % 2 * 2 - warp) * kWarpChannels;
-    if (warp == 3 || lane / 2 >= kGroup || !v.data || channel >= params.dims.d) return;
-    p = static_cast<const T*>(v.data) + row * v.stride[0] + channel * v.stride[1] +
-        (lane / 2 + kAheadGroups * kGroup) * v.stride[2];
+    channel += (part * 2 - warp) * kWarpChannels;
+    if (!v.data || channel >= dims.d) return;
+    p = static_cast<const T*>(v.data) + row * v.stride[0] + channel * v.stride[1] + token * v.stride[2];
   }
-  __device__ void operator()() {
-    if (!p) return;
-    asm volatile("prefetch.global.L2 [%0];" ::"l"(p));
+  __device__ void operator()(bool there) {
+    asm volatile("{.reg .pred p; setp.ne.b32 p, %1, 0; @p prefetch.global.L2 [%0];}" ::"l"(p),
+                 "r"(int(there)));
     move(p, bytes);
   }
 };
@@ -170,6 +179,11 @@ __global__ void __launch_bounds__(kFwdWarps<kTurns>* kWarp, kTurns == 1 ? 5 : 16
   Output output = output_of(turn);
   constexpr bool kPrefetches = kTurns == 1 && kAlong == Along::channels && sizeof(T) == 2;
   Prefetch<T> prefetch(params, strides, row, first);
+  // One comparison a group each: up to which group to prefetch, and the next that ends with a checkpoint.
+  int prefetch_end = kPrefetches && prefetch.p ? whole - kAheadGroups + 1 : 0;
+  int checkpoint = params.checkpoints ? kCheckpointGroups - 1 : INT_MAX;
+  if (kPrefetches) keep(prefetch_end);
+  if (kTurns == 1) keep(checkpoint);
   Pack<T, 2> next_u, next_delta, next_z;
   typename Input::Raw next_B;
   typename Output::Raw next_C;
@@ -206,15 +220,19 @@ __global__ void __launch_bounds__(kFwdWarps<kTurns>* kWarp, kTurns == 1 ? 5 : 16
     output.begin(next_C);
     if (kWhole && later < whole) {
       load();
-      if (kPrefetches && later + kAheadGroups - 1 < whole) prefetch();
+      if (kPrefetches) prefetch(later < prefetch_end);
     }
-    float slope;
-    steps[0] = step_log2<T>(raw.x + bias, strides.softplus_limit, slope);
-    steps[1] = step_log2<T>(raw.y + bias, strides.softplus_limit, slope);
-    if (!kWhole) {
 #pragma unroll
-      for (int k = 0; k < 2; ++k)
-        if (2 * q + k >= tail) steps[k] = 0;
+    for (int k = 0; k < 2; ++k) {
+      const float x = k ? raw.y : raw.x;
+      float slope;
+      if constexpr (kTurns == 1 && sizeof(T) == 2) {  // one instruction less, exact to 2^-24 of the bias
+        const float scaled = fmaf(x, kToLog2, bias * kToLog2);
+        steps[k] = step_log2<T>(scaled, !(scaled <= strides.softplus_limit_log2), slope);
+      } else {
+        steps[k] = step_log2<T>(x + bias, strides.softplus_limit, slope);
+      }
+      if (!kWhole && 2 * q + k >= tail) steps[k] = 0;
     }
     constexpr float kScale = kFromLog2 * kOperandScale<T>;
     input.scale(steps[0] * kScale * us.x, steps[1] * kScale * us.y);
@@ -234,9 +252,16 @@ __global__ void __launch_bounds__(kFwdWarps<kTurns>* kWarp, kTurns == 1 ? 5 : 16
     relay.begin(s_turns, turn, kTurns);
     if (turn == kTurns - 1) relay.pass(state);
   }
+  const auto put_checkpoint = [&](int group) {
+    const int64_t at = row * (dims.l / kScanCheckpointCuda) + group / kCheckpointGroups;
+    float* to = static_cast<float*>(params.checkpoints) + (at * kTunedState + 4 * q) * dims.d + channel;
+#pragma unroll
+    for (int i = 0; i < kLaneStates; ++i)
+      if (live) to[i * dims.d] = state[i];
+  };
   const auto process = [&]<bool kWhole>(int group) {
-    if (kTurns == 1) begin.template operator()<kWhole>(group + 1);
     const bool window_ends = kWhole && (group + 1) % kCheckpointGroups == 0;
+    if (kTurns == 1) begin.template operator()<kWhole>(group + 1);
     if constexpr (kTurns > 1) {
       relay.take(state);
       memory.begin(state);
@@ -256,13 +281,9 @@ __global__ void __launch_bounds__(kFwdWarps<kTurns>* kWarp, kTurns == 1 ? 5 : 16
       memory.begin(state);
       total = 0;
     }
-    if constexpr (kTurns > 1) relay.pass(state);
-    if (window_ends && params.checkpoints) {
-      const int64_t at = row * (dims.l / kScanCheckpointCuda) + group / kCheckpointGroups;
-      float* to = static_cast<float*>(params.checkpoints) + (at * kTunedState + 4 * q) * dims.d + channel;
-#pragma unroll
-      for (int i = 0; i < kLaneStates; ++i)
-        if (live) to[i * dims.d] = state[i];
+    if constexpr (kTurns > 1) {
+      relay.pass(state);
+      if (window_ends && params.checkpoints) put_checkpoint(group);
     }
     if (kTurns > 1) {
 #pragma unroll
@@ -282,6 +303,11 @@ __global__ void __launch_bounds__(kFwdWarps<kTurns>* kWarp, kTurns == 1 ? 5 : 16
     else
       y.store_some(params.y, stores, o, tail);
     y.step(strides.y);
+    // Last: a branch parts the instructions around it.
+    if (kTurns == 1 && kWhole && group == checkpoint) {
+      put_checkpoint(group);
+      checkpoint += kCheckpointGroups;
+    }
   };
 
   if (turn < whole) {
@@ -310,7 +336,8 @@ Strides strides_of(const ScanFwd& p, int turns) {
           .y = uint32_t(group_bytes(p.y, 2) * turns),
           .B = uint32_t(group_bytes(p.B, 3) * turns),
           .C = uint32_t(group_bytes(p.C, 3) * turns),
-          .softplus_limit = softplus_limit(p.dims.softplus)};
+          .softplus_limit = softplus_limit(p.dims.softplus),
+          .softplus_limit_log2 = softplus_limit(p.dims.softplus) * kToLog2};
 }
 
 }  // namespace

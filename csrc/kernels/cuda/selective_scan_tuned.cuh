@@ -40,6 +40,7 @@ __device__ inline float reciprocal_fast(float x) {
 
 // Keeps the compiler from making a value anew where it could stay in its register.
 __device__ inline void keep(uint32_t& v) { asm volatile("" : "+r"(v)); }
+__device__ inline void keep(int& v) { asm volatile("" : "+r"(v)); }
 __device__ inline void keep(float& v) { asm volatile("" : "+f"(v)); }
 
 // An 8 x 8 matrix of 16-bit values, a row in every quad of lanes: transposed.
@@ -195,13 +196,17 @@ inline float softplus_limit(bool softplus) {
   return softplus ? 20.f : std::numeric_limits<float>::quiet_NaN();
 }
 
-// softplus(x) log2(e), or x log2(e) if x is not at most `limit`; slope: of softplus(x) in x, or 1.
+// softplus(x) log2(e), or scaled = x log2(e) itself if `straight`; slope: of softplus(x) in x, or 1.
 template <class T>
-__device__ inline float step_log2(float x, float limit, float& slope) {
-  const float scaled = x * kToLog2, e = exp2_of(scaled), y = softplus_log2<T>(e);
-  const bool straight = !(x <= limit);
+__device__ inline float step_log2(float scaled, bool straight, float& slope) {
+  const float e = exp2_of(scaled), y = softplus_log2<T>(e);
   slope = straight ? 1.f : e * reciprocal_fast(1 + e);
   return straight ? scaled : y;
+}
+// The same from x, straight if x is not at most `limit`.
+template <class T>
+__device__ inline float step_log2(float x, float limit, float& slope) {
+  return step_log2<T>(x * kToLog2, !(x <= limit), slope);
 }
 
 // The logistic function of two values, with one reciprocal.
