@@ -6,6 +6,9 @@
 // what they wrote can be read, and what they read be overwritten, as in any stream. The kernel behind may
 // start once all blocks of this one have, or have ended.
 #pragma once
+#include <array>
+#include <atomic>
+
 #include "kernels/cuda/device.h"
 #include "kernels/view.h"
 
@@ -40,16 +43,27 @@ __device__ inline void overlap() {
   overlap([] {});
 }
 
+// Whether the code that the current device runs waits: the same for all kernels, and asked once a device.
+inline bool code_waits(const void* kernel) {
+  static std::array<std::atomic<int>, 64> known;  // 0: not asked, 1: it does not, 2: it does
+  int device = 0;
+  cudaGetDevice(&device);
+  std::atomic<int>& answer = known[device % known.size()];
+  if (answer == 0) {
+    cudaFuncAttributes code = {};
+    if (cudaFuncGetAttributes(&code, kernel) == cudaSuccess) answer = code.ptxVersion >= 90 ? 2 : 1;
+  }
+  return answer == 2;
+}
+
 // kernel<<<grid, threads, shared_bytes, stream>>>(args...), overlapped where the kernel's code waits. Errors
 // are left for launch_error.
 template <class... Params, class... Args>
 void launch_overlapped(void (*kernel)(Params...), dim3 grid, unsigned threads, size_t shared_bytes,
                        cudaStream_t stream, const Args&... args) {
-  cudaFuncAttributes code = {};
-  cudaFuncGetAttributes(&code, kernel);
   cudaLaunchAttribute overlaps = {};
   overlaps.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-  overlaps.val.programmaticStreamSerializationAllowed = code.ptxVersion >= 90;
+  overlaps.val.programmaticStreamSerializationAllowed = code_waits(reinterpret_cast<const void*>(kernel));
   cudaLaunchConfig_t config = {};
   config.gridDim = grid;
   config.blockDim = dim3(threads);
