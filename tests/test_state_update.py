@@ -33,7 +33,7 @@ def test_conv(
 
 @pytest.mark.parametrize("rows", [None, 7])
 @pytest.mark.parametrize("k", [3, 4, 5])
-@pytest.mark.parametrize("d", [8, 24, 1032])
+@pytest.mark.parametrize("d", [6, 24, 1032])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_conv_in_whole_packs(device: str, dtype: torch.dtype, d: int, k: int, rows: int | None) -> None:
     """Kernels move channels that are contiguous and aligned in packs, also those of a wider row."""
@@ -90,6 +90,24 @@ def test_states_of_whole_packs(device: str, dtype: torch.dtype, n: int) -> None:
         for p in (5, 64):
             inputs = cases.ssd_state_update(3, 4, p, n, groups=(2, 4), options=SSD, **options)
             check("ssd_state_update", inputs)
+
+
+@pytest.mark.parametrize("n", [4, 16, 24, 64, 128, 256])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_one_token_as_layers_have_it(device: str, dtype: torch.dtype, n: int) -> None:
+    """A contiguous state, a row of it for each batch row, one B and one C: kernels know the strides."""
+    for state_dtype, params in product({torch.float32, dtype}, {torch.float32, dtype}):
+        options = {"state_dtype": state_dtype, "dtype": dtype, "params": params, "device": device}
+        for d in (70, 128):
+            check(OPERATOR, cases.selective_state_update(3, d, n, options=SCAN, **options))
+        check(OPERATOR, cases.selective_state_update(3, 70, n, **options))
+        for p, per_channel in product((5, 64), (False, True)):
+            sizes = (3, 4, p, n)
+            inputs = cases.ssd_state_update(*sizes, options=SSD, D_per_channel=per_channel, **options)
+            check("ssd_state_update", inputs)
+        inputs = cases.ssd_state_update(3, 4, 64, n, **options)
+        check("ssd_state_update", inputs)
+        check("ssd_state_update", inputs | {"A": (-inputs["A"]).log(), "A_is_log": True})
 
 
 @pytest.mark.parametrize("option", [None, *SCAN])
@@ -156,6 +174,15 @@ UPDATES: dict[str, Callable[..., cases.Inputs]] = {
     "selective_state_update": cases.selective_state_update,
     "ssd_state_update": cases.ssd_state_update,
 }
+
+
+@pytest.mark.parametrize("name", UPDATES)
+def test_strides_beyond_32_bits(device: str, name: str) -> None:
+    """Whole packs, but for kernels that count in 32 bits."""
+    sizes = {"causal_conv1d_update": (64, 4), "selective_state_update": (64, 16)}.get(name, (4, 64, 16))
+    inputs = UPDATES[name](1, *sizes, options=SCAN_OPTIONS[:1], device=device)
+    state = inputs["state"]
+    check(name, inputs | {"state": state.as_strided(state.shape, (2**40, *state.stride()[1:]))})
 
 
 @pytest.mark.parametrize("dtype", [torch.int32, torch.int64])

@@ -11,10 +11,12 @@ __device__ inline uint32_t load_bits(const View& v, int64_t offset) {
   return v.dtype == DType::f32 ? static_cast<const uint32_t*>(v.data)[offset]
                                : static_cast<const uint16_t*>(v.data)[offset];
 }
+// T: the type that the value has if not float32.
+template <class T = bf16>
 __device__ inline float from_bits(uint32_t bits, DType dtype) {
-  return dtype == DType::f32    ? __uint_as_float(bits)
-         : dtype == DType::bf16 ? to_real(bf16{uint16_t(bits)})
-                                : to_real(f16{uint16_t(bits)});
+  if constexpr (sizeof(T) == 2)
+    if (dtype != DType::f32) return to_real(T{uint16_t(bits)});
+  return __uint_as_float(bits);
 }
 
 }  // namespace mamba_ops::gpu

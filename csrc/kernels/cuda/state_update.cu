@@ -2,25 +2,22 @@
 //
 //   dt = clamp(softplus?(dt + bias));  h <- exp(dt A) h + dt x B;  y = (k Re(C h) + D x) silu(z)
 //
-// To the kernels both are rows (head, channel) of n states, where the rows of a head share B and C: a head of
-// the SSD, whose rows share dt and A too, or the neighbouring channels of a scan that have their groups of B
-// and C in common.
+// A warp takes consecutive rows of one head and one batch row. A team of its threads (a power of two) owns
+// two or four of them in packs of 16 bytes, a thread two or one of each. A token's numbers and the states are
+// asked for before anything waits: one latency of the memory. Then every thread makes step, skip and gate of
+// one of its team's rows; the others get the step by shuffles, by which y is summed too, the rows halved on
+// the way. No shared memory, no barrier. States in other strides or sizes, float64 and complex ones: a warp
+// owns a row and keeps it in shared memory. Every order is fixed: bitwise repeatable.
 //
-// A block takes consecutive rows of one head and one batch row. Their states are on their way in packs of 16
-// bytes, four a thread, while one thread a row makes its step, skip and gate. Then a team of threads (a power
-// of two up to a warp) owns a row, a thread one or two packs of it, and y is summed over the team by
-// shuffles. Shared memory: three values a row, at most 1.5 KiB. States in other strides or sizes, float64 and
-// complex ones: a warp owns a row and keeps it in shared memory. Every order is fixed: bitwise repeatable.
-//
-// Bound by memory: SSD b128 h80 p64 n128 with a float32 state takes 0.245 ms on an H100, 2.7 TB/s where a
-// copy has 3.0 (issue slots 48 % busy; the warps wait at the barrier for the one that makes the steps).
-#include <algorithm>
-#include <climits>
+// Bound by memory: SSD b128 h80 p64 n128 with a float32 state takes 0.167 ms on an H200, 4.0 TB/s where a
+// copy has 4.1; scan b128 d5120 n16 0.027 ms, 3.3 TB/s. At b1 by latencies: of the 420 instructions a warp of
+// the general form executes, ncu gives the SSD's 0.63 us of DRAM, 0.47 of constants, 0.24 of code and 0.8 of
+// issue, beside the 3.1 of an empty kernel. PlainUpdate has 300 and less than half of the constants.
+#include <bit>
 
 #include "kernels/cuda/bits.cuh"
 #include "kernels/cuda/launch.cuh"
-#include "kernels/cuda/state_rows.cuh"
-#include "kernels/state_update.h"
+#include "kernels/cuda/state_update.cuh"
 
 namespace mamba_ops {
 
@@ -28,240 +25,167 @@ namespace gpu {
 
 namespace {
 
-constexpr int kThreads = 128, kPacksOfThread = 4;
+constexpr int kThreads = 64, kThreadsAny = 128;
 
-struct Update {
-  int64_t b, h, p, n, t;
-  int64_t heads_per_B, heads_per_C;
-  bool complex, softplus, A_is_log;
-  double dt_min, dt_max;
-  View state;        // (s, h, p, n)
-  View x, z, y, dt;  // (b, t, h, p)
-  View A;            // (h, p, n)
-  View dt_bias, D;   // (h, p)
-  View B, C;         // (b, t, g, n)
-};
-
-Update as_update(const ScanUpdate& s) {
-  const int64_t d = s.dims.d, p = common_divisor(d / s.dims.groups_B, d / s.dims.groups_C);
-  const auto channels = [&](const View& v, int64_t b, int64_t t, int64_t c) {
-    return View{v.data, v.dtype, {b, t, c * p, c}};
-  };
-  const auto tokens = [&](const View& v) { return channels(v, v.stride[0], v.stride[2], v.stride[1]); };
-  const auto each = [&](const View& v) { return View{v.data, v.dtype, {v.stride[0] * p, v.stride[0]}}; };
-  const auto rows = [&](const View& v, int64_t row, int64_t c, int64_t n) {
-    return View{v.data, v.dtype, {row, c * p, c, n}};
-  };
-  const auto groups = [](const View& v) {
-    return View{v.data, v.dtype, {v.stride[0], v.stride[3], v.stride[1], v.stride[2]}};
-  };
-  const int64_t h = d / p;
-  return {.b = s.dims.b,
-          .h = h,
-          .p = p,
-          .n = s.dims.n,
-          .t = s.dims.t,
-          .heads_per_B = h / s.dims.groups_B,
-          .heads_per_C = h / s.dims.groups_C,
-          .complex = s.dims.complex,
-          .softplus = s.dims.softplus,
-          .A_is_log = false,
-          .dt_min = -INFINITY,
-          .dt_max = INFINITY,
-          .state = rows(s.state, s.state.stride[0], s.state.stride[1], s.state.stride[2]),
-          .x = tokens(s.u),
-          .z = tokens(s.z),
-          .y = tokens(s.y),
-          .dt = tokens(s.delta),
-          .A = {s.A.data, s.A.dtype, {s.A.stride[0] * p, s.A.stride[0], s.A.stride[1]}},
-          .dt_bias = each(s.delta_bias),
-          .D = each(s.D),
-          .B = groups(s.B),
-          .C = groups(s.C)};
-}
-
-Update as_update(const SsdUpdate& s) {
-  const auto by_head = [](View v, int dims) {
-    for (int i = dims; i < 4; ++i) v.stride[i] = 0;
-    return v;
-  };
-  return {.b = s.dims.b,
-          .h = s.dims.h,
-          .p = s.dims.p,
-          .n = s.dims.n,
-          .t = s.dims.t,
-          .heads_per_B = s.dims.h / s.dims.groups_B,
-          .heads_per_C = s.dims.h / s.dims.groups_C,
-          .complex = false,
-          .softplus = s.dims.softplus,
-          .A_is_log = s.dims.A_is_log,
-          .dt_min = s.dims.dt_min,
-          .dt_max = s.dims.dt_max,
-          .state = s.state,
-          .x = s.x,
-          .z = s.z,
-          .y = s.y,
-          .dt = by_head(s.dt, 3),
-          .A = by_head(s.A, 1),
-          .dt_bias = by_head(s.dt_bias, 1),
-          .D = s.D,
-          .B = s.B,
-          .C = s.C};
-}
-
-__device__ inline int64_t offset(const View& v, int64_t i, int64_t j, int64_t k, int64_t l) {
-  return i * v.stride[0] + j * v.stride[1] + k * v.stride[2] + l * v.stride[3];
-}
-
+// One instruction in float, where the compiler's has ten.
 template <class R>
-__device__ inline R step_size(const Update& p, R dt, R bias) {
+__device__ inline R exp_of(R v) {
+  return exp2_of(R(kLog2e) * v);
+}
+
+// P: any of the updates.
+template <class R, class P>
+__device__ inline R step_size(const P& p, R dt, R bias) {
   dt += bias;
-  if (p.softplus) dt = softplus(dt);
-  return dt < R(p.dt_min) ? R(p.dt_min) : dt > R(p.dt_max) ? R(p.dt_max) : dt;  // NaN stays
+  if (p.softplus && dt <= 20) dt = log1p(exp_of(dt));
+  const R clamped = min(max(dt, R(p.dt_min)), R(p.dt_max));
+  return dt == dt ? clamped : dt;
 }
 
-template <class R>
-__device__ inline R rate_of(const Update& p, R A) {
-  return p.A_is_log ? -exp(A) : A;
+template <class R, class P>
+__device__ inline R rate_of(const P& p, R A) {
+  return p.A_is_log ? -exp_of(A) : A;
 }
 
 // ---- Packs of 16 bytes
 
-struct Teams {
-  int lane_bits;  // log2 of the threads of a team
-  int rows;       // of a block
-};
+// v[r] summed over the lanes of a team; a lane gets the sum of row lane / (lanes / kRows).
+template <int kRows>
+__device__ inline float sum_of_row(float (&v)[kRows], unsigned lane, unsigned lanes) {
+  unsigned apart = lanes / 2;
+#pragma unroll
+  for (int rows = kRows / 2; rows > 0; rows /= 2, apart /= 2) {
+    const bool upper = lane & apart;
+#pragma unroll
+    for (int r = 0; r < rows; ++r) {
+      const float mine = upper ? v[r + rows] : v[r], other = upper ? v[r] : v[r + rows];
+      v[r] = mine + __shfl_xor_sync(kAllLanes, other, apart);
+    }
+  }
+#pragma unroll 1
+  for (; apart > 0; apart /= 2) v[0] += __shfl_xor_sync(kAllLanes, v[0], apart);
+  return v[0];
+}
 
 // T: of the inputs, S: of the state. kOneDecay: A is the same for all states of a row. kOneToken: t = 1, and
-// the new states need no registers.
-template <class T, class S, bool kOneDecay, bool kOneToken, int kPacks>
-__global__ void __launch_bounds__(kThreads, !kOneToken  ? 4
-                                            : kOneDecay ? 8
-                                                        : 6)
-    update_packs(const Update p, const Teams teams, const DeviceRows rows) {
-  constexpr int kPack = 16 / sizeof(S), kRows = kPacksOfThread / kPacks;
-  __shared__ float2 s_step[kThreads];  // of each row: dt x, and its decay (or dt)
-  __shared__ float s_out[kThreads];
-  const unsigned head = blockIdx.y;
-  const int64_t block_row = int64_t(blockIdx.x) * teams.rows;
-  const int rows_here = int(p.p - block_row < teams.rows ? p.p - block_row : teams.rows);
-  // In the recurrence: rows team, team + apart, ... of the block, columns of each pack k.
-  const int lanes = 1 << teams.lane_bits, lane = threadIdx.x & (lanes - 1);
-  const int team = threadIdx.x >> teams.lane_bits, apart = kThreads >> teams.lane_bits;
-  const auto column = [&](int k) { return (k * lanes + lane) * kPack; };
-  const auto has = [&](int r, int k) { return team + r * apart < rows_here && column(k) < p.n; };
-  // Before and after it: one row a thread.
-  const bool owner = int(threadIdx.x) < rows_here;
-  const int64_t own_row = block_row + threadIdx.x;
-  const auto group_of = [&](int64_t heads) { return heads == p.h ? 0 : head / unsigned(heads); };
-  const int64_t group_B = group_of(p.heads_per_B), group_C = group_of(p.heads_per_C);
+// the new states need no registers. P: AnyUpdate or PlainUpdate.
+template <class T, class S, bool kOneDecay, bool kOneToken, int kPacks, int kRows, class P>
+__global__ void __launch_bounds__(kThreads, !kOneToken  ? 8
+                                            : kOneDecay ? 16
+                                                        : 12) update_packs(const __grid_constant__ P p) {
+  constexpr unsigned kPack = 16 / sizeof(S);
+  using States = Pack<S, kPack>;
+  using Values = Pack<T, kPack>;
+  using Rates = Pack<float, kPack>;
+  const unsigned lanes = 1 << p.lane_bits, lane = threadIdx.x & (lanes - 1);
+  const unsigned teams = 32 >> p.lane_bits, team = threadIdx.x % 32 >> p.lane_bits;  // of a warp
+  // In the recurrence: rows first, first + teams, ... and columns of each pack k. What lies beyond the last
+  // row or column is read from there.
+  const unsigned first = (blockIdx.x * (kThreads / 32) + threadIdx.x / 32) * teams * kRows + team;
+  const auto row_of = [&](unsigned r) { return first + r * teams; };
+  const auto near = [&](unsigned row) { return min(row, p.p - 1); };
+  const auto column = [&](unsigned k) { return (k * lanes + lane) * kPack; };
+  const auto inside = [&](unsigned k) { return k + 1 < kPacks || column(k) < p.n; };
+  const auto near_column = [&](unsigned k) {
+    return k + 1 < kPacks ? column(k) : min(column(k), p.n - kPack);
+  };
+  // Before and after it: one of the rows, which some neighbours share.
+  const unsigned sharers = lanes / kRows, head = blockIdx.y;
+  const unsigned row = row_of(lane * kRows >> p.lane_bits), own = near(row);
+  const auto number = [](const auto& v, uint32_t bits) {
+    return v.present ? from_bits<T>(bits, v.dtype) : 0;
+  };
+  const auto y_at = [&](unsigned b, unsigned t) {
+    return reinterpret_cast<T*>(p.of_token(p.y, b, t, head, row));
+  };
   overlap();
-  uint32_t bias_bits = 0, A_bits = 0, D_bits = 0;
-  if (owner) {
-    const auto bits = [&](const View& v) { return load_bits(v, head * v.stride[0] + own_row * v.stride[1]); };
-    bias_bits = bits(p.dt_bias);
-    if (kOneDecay) A_bits = bits(p.A);
-    D_bits = bits(p.D);
-  }
 
-  const auto update = [&](int64_t b, int64_t state_row) {
-    S* const states =
-        static_cast<S*>(p.state.data) + offset(p.state, state_row, head, block_row + team, lane * kPack);
-    T x, dt, z;  // of the token, asked for before the states, behind which they would wait
-    const auto ask = [&](int64_t t) {
-      const auto value = [&](const View& v) {
-        return static_cast<const T*>(v.data)[offset(v, b, t, head, own_row)];
+  const auto update = [&](unsigned b, unsigned state_row) {
+    // Everything is asked for before anything waits, and what the longest work depends on first.
+    T x, dt, z;
+    const auto ask = [&](unsigned t) {
+      const auto value = [&](const auto& v) {
+        return *reinterpret_cast<const T*>(p.of_token(v, b, t, head, own));
       };
-      if (!owner || t >= p.t) return;
+      dt = *reinterpret_cast<const T*>(p.dt_at(b, t, head, own));
       x = value(p.x);
-      dt = value(p.dt);
-      if (p.z.data) z = value(p.z);
+      z = value(p.z);
     };
-    ask(0);
-    const auto stored = [&](int r, int k) {
-      return reinterpret_cast<Pack<S, kPack>*>(states + r * apart * p.state.stride[2] + k * lanes * kPack);
-    };
-    Pack<S, kPack> pack[kRows][kPacks] = {};
+    if (kOneToken || p.t > 0) ask(0);
+    const uint32_t bias_bits = p.template bits<T>(p.dt_bias, head, own);
+    const uint32_t A_bits = kOneDecay ? p.template bits<T>(p.A, head, own) : 0;
+    const uint32_t D_bits = p.template D_bits<T>(head, own);
+    States* stored[kRows][kPacks];
+    States pack[kRows][kPacks];
+    Rates rate[kRows][kPacks];
 #pragma unroll
-    for (int r = 0; r < kRows; ++r)
+    for (unsigned r = 0; r < kRows; ++r)
 #pragma unroll
-      for (int k = 0; k < kPacks; ++k)
-        if (has(r, k)) pack[r][k] = *stored(r, k);
-    float h[kRows][kPacks][kPack];
-    for (int64_t t = 0; t < (kOneToken ? 1 : p.t); ++t) {
-      Pack<T, kPack> B[kPacks] = {}, C[kPacks] = {};
-#pragma unroll
-      for (int k = 0; k < kPacks; ++k)
-        if (column(k) < p.n) {
-          const auto load = [&](const View& v, int64_t group) {
-            return *reinterpret_cast<const Pack<T, kPack>*>(static_cast<const T*>(v.data) +
-                                                            offset(v, b, t, group, column(k)));
-          };
-          B[k] = load(p.B, group_B);
-          C[k] = load(p.C, group_C);
-        }
-      float skip = 0, gate = 1;
-      if (owner) {
-        const float x_now = to_real(x),
-                    step = step_size(p, to_real(dt), from_bits(bias_bits, p.dt_bias.dtype));
-        if (p.z.data) gate = silu(to_real(z));
-        const float A = rate_of(p, from_bits(A_bits, p.A.dtype));
-        s_step[threadIdx.x] = {step * x_now, kOneDecay ? expf(step * A) : step};
-        if (p.D.data) skip = from_bits(D_bits, p.D.dtype) * x_now;
+      for (unsigned k = 0; k < kPacks; ++k) {
+        const unsigned at = near_column(k);
+        stored[r][k] = reinterpret_cast<States*>(p.template state_row<S>(state_row, head, near(row_of(r))) +
+                                                 at * sizeof(S));
+        pack[r][k] = *stored[r][k];
+        if (!kOneDecay)
+          rate[r][k] = *reinterpret_cast<const Rates*>(p.rates(head, near(row_of(r))) + at * sizeof(float));
       }
-      if (!kOneToken) ask(t + 1);
-      __syncthreads();
+    float h[kRows][kPacks][kPack];
+    for (unsigned t = 0; t < (kOneToken ? 1 : p.t); ++t) {
+      Values B[kPacks], C[kPacks];
+#pragma unroll
+      for (unsigned k = 0; k < kPacks; ++k) {
+        B[k] = *reinterpret_cast<const Values*>(p.B_at(b, t, head) + near_column(k) * sizeof(T));
+        C[k] = *reinterpret_cast<const Values*>(p.C_at(b, t, head) + near_column(k) * sizeof(T));
+      }
+      const float step = step_size(p, to_real(dt), number(p.dt_bias, bias_bits));
+      // decay: a factor, or a power of two that A is yet to multiply.
+      const float now = to_real(x), gain = step * now,
+                  decay = kOneDecay ? exp_of(step * rate_of(p, number(p.A, A_bits))) : step * float(kLog2e);
+      const float skip = p.D.present ? number(p.D, D_bits) * now : 0;
+      const float gate = p.z.present ? silu(to_real(z)) : 1;
+      if (!kOneToken && t + 1 < p.t) ask(t + 1);
       float out[kRows] = {};
 #pragma unroll
-      for (int r = 0; r < kRows; ++r) {
-        const float2 step = s_step[team + r * apart];
+      for (unsigned r = 0; r < kRows; ++r) {
+        const unsigned from = team * lanes + r * sharers;
+        const float gain_r = __shfl_sync(kAllLanes, gain, from);
+        const float decay_r = __shfl_sync(kAllLanes, decay, from);
 #pragma unroll
-        for (int k = 0; k < kPacks; ++k) {
-          Pack<float, kPack> rate = {};
-          if (!kOneDecay && has(r, k))
-            rate = *reinterpret_cast<const Pack<float, kPack>*>(
-                static_cast<const float*>(p.A.data) + head * p.A.stride[0] +
-                (block_row + team + r * apart) * p.A.stride[1] + column(k));
+        for (unsigned k = 0; k < kPacks; ++k) {
+          float sum = 0;
 #pragma unroll
-          for (int i = 0; i < kPack; ++i) {
+          for (unsigned i = 0; i < kPack; ++i) {
             if (t == 0) h[r][k][i] = pack[r][k].at(i);
-            const float decay = kOneDecay ? step.y : expf(step.y * rate.at(i));
-            h[r][k][i] = decay * h[r][k][i] + step.x * B[k].at(i);
-            out[r] += C[k].at(i) * h[r][k][i];
+            const float decay_i = kOneDecay ? decay_r : exp2_of(decay_r * rate[r][k].at(i));
+            h[r][k][i] = decay_i * h[r][k][i] + gain_r * B[k].at(i);
+            sum += C[k].at(i) * h[r][k][i];
           }
-          if (kOneToken && has(r, k)) *stored(r, k) = to_pack<S>(h[r][k]);
+          out[r] += inside(k) ? sum : 0;
+          if (kOneToken && inside(k) && row_of(r) < p.p) *stored[r][k] = to_pack<S>(h[r][k]);
         }
       }
-      for (int k = lanes / 2; k > 0; k /= 2)
-#pragma unroll
-        for (int r = 0; r < kRows; ++r) out[r] += __shfl_xor_sync(0xffffffffu, out[r], k);
-      if (lane == 0)
-#pragma unroll
-        for (int r = 0; r < kRows; ++r) s_out[team + r * apart] = out[r];
-      __syncthreads();
-      if (owner)
-        static_cast<T*>(p.y.data)[offset(p.y, b, t, head, own_row)] =
-            from_real<T>((s_out[threadIdx.x] + skip) * gate);
+      const float sum = sum_of_row(out, lane, lanes);
+      if (row < p.p && (lane & (sharers - 1)) == 0) *y_at(b, t) = from_real<T>((sum + skip) * gate);
     }
     if (!kOneToken && p.t > 0)
 #pragma unroll
-      for (int r = 0; r < kRows; ++r)
+      for (unsigned r = 0; r < kRows; ++r)
 #pragma unroll
-        for (int k = 0; k < kPacks; ++k)
-          if (has(r, k)) *stored(r, k) = to_pack<S>(h[r][k]);
+        for (unsigned k = 0; k < kPacks; ++k)
+          if (inside(k) && row_of(r) < p.p) *stored[r][k] = to_pack<S>(h[r][k]);
   };
-  const auto fill = [&](int64_t b, float value) {
-    for (int64_t t = 0; owner && t < p.t; ++t)
-      static_cast<T*>(p.y.data)[offset(p.y, b, t, head, own_row)] = from_real<T>(value);
+  const auto fill = [&](unsigned b, float value) {
+#pragma unroll 1
+    for (unsigned t = 0; row < p.p && t < p.t; ++t) *y_at(b, t) = from_real<T>(value);
   };
-  for_rows(rows, p.b, update, fill);
+  p.for_rows(update, fill);
 }
 
 // ---- Anything else
 
 // A warp owns a row; its lanes keep states lane, lane + 32, ... in shared memory, each for itself.
 template <class R, bool kComplex>
-__global__ void __launch_bounds__(kThreads) update_any(const Update p, const DeviceRows rows) {
+__global__ void __launch_bounds__(kThreadsAny) update_any(const Update p, const DeviceRows rows) {
   constexpr int kParts = kComplex ? 2 : 1;
   extern __shared__ double s_memory[];
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, warps = blockDim.x / 32;
@@ -317,10 +241,8 @@ __global__ void __launch_bounds__(kThreads) update_any(const Update p, const Dev
 
 // ---- Launches
 
-constexpr int64_t kMaxGrid = 65535;  // in y and z
-
-dim3 grid(int64_t blocks, int64_t heads, const Update& p) {
-  return {unsigned(blocks), unsigned(heads), unsigned(std::min(p.b, kMaxGrid))};
+dim3 grid(int64_t blocks, int64_t heads, int64_t b) {
+  return {unsigned(blocks), unsigned(heads), unsigned(std::min(b, kMaxGrid))};
 }
 
 template <class S>
@@ -334,34 +256,38 @@ bool packs_fit(const Update& p, const DeviceRows& rows) {
 }
 
 template <class T, class S>
-const char* launch_packs(const Update& p, const DeviceRows& rows, cudaStream_t stream) {
-  constexpr int kPack = 16 / sizeof(S);
-  const int packs = p.n > 32 * kPack ? 2 : 1;
-  Teams teams{.lane_bits = 2};  // a block has a thread for each of its rows
-  while (packs * kPack << teams.lane_bits < p.n) ++teams.lane_bits;
-  teams.rows = (kThreads >> teams.lane_bits) * (kPacksOfThread / packs);
-  const int64_t blocks = (p.p + teams.rows - 1) / teams.rows;
-  if (blocks > INT_MAX) return "more rows than one launch may have";
-  const bool one_decay = p.A.stride[2] == 0;
-  const auto kernel_of = [&]<int kPacks>() {
-    return one_decay
-               ? (p.t == 1 ? update_packs<T, S, true, true, kPacks> : update_packs<T, S, true, false, kPacks>)
-               : (p.t == 1 ? update_packs<T, S, false, true, kPacks>
-                           : update_packs<T, S, false, false, kPacks>);
+void launch_packs(const Update& view, const AnyUpdate& any, const DeviceRows& rows, cudaStream_t stream) {
+  constexpr unsigned kPack = 16 / sizeof(S);
+  const auto launch = [&]<bool kOneDecay, bool kOneToken, int kPacks, int kRows>(auto p) {
+    p.lane_bits = std::bit_width(unsigned(kRows - 1));  // each of a thread's rows has a lane of its own
+    while (kPacks * kPack << p.lane_bits < p.n) ++p.lane_bits;
+    const unsigned block_rows = (kThreads >> p.lane_bits) * kRows;
+    launch_overlapped(update_packs<T, S, kOneDecay, kOneToken, kPacks, kRows, decltype(p)>,
+                      grid((p.p + block_rows - 1) / block_rows, any.h, any.b), kThreads, 0, stream, p);
   };
-  const auto kernel = packs == 1 ? kernel_of.template operator()<1>() : kernel_of.template operator()<2>();
-  launch_overlapped(kernel, grid(blocks, p.h, p), kThreads, 0, stream, p, teams, rows);
-  return launch_error();
+  const auto by_size = [&]<bool kOneDecay>() {
+    const bool two = any.n > 32 * kPack;
+    if (!two && is_plain(view, rows, kOneDecay))
+      launch.template operator()<kOneDecay, true, 1, 4>(plain<kOneDecay>(view, any));
+    else if (any.t == 1)
+      two ? launch.template operator()<kOneDecay, true, 2, 2>(any)
+          : launch.template operator()<kOneDecay, true, 1, 4>(any);
+    else
+      two ? launch.template operator()<kOneDecay, false, 2, 2>(any)
+          : launch.template operator()<kOneDecay, false, 1, 4>(any);
+  };
+  view.A.stride[2] == 0 ? by_size.template operator()<true>() : by_size.template operator()<false>();
 }
 
 template <class R>
 const char* launch_any(const Update& p, const DeviceRows& rows, cudaStream_t stream) {
   const int64_t bytes = std::max<int64_t>(p.n, 1) * (p.complex ? 2 : 1) * sizeof(R);
-  const int64_t warps = std::min<int64_t>(kThreads / 32, kUpdateRowBytesCuda / bytes);
+  const int64_t warps = std::min<int64_t>(kThreadsAny / 32, kUpdateRowBytesCuda / bytes);
   const int64_t blocks = (p.h * p.p + warps - 1) / warps;
   if (blocks > INT_MAX) return "more rows than one launch may have";
   const auto kernel = p.complex ? update_any<R, true> : update_any<R, false>;
-  launch_overlapped(kernel, grid(blocks, 1, p), unsigned(32 * warps), size_t(warps * bytes), stream, p, rows);
+  launch_overlapped(kernel, grid(blocks, 1, p.b), unsigned(32 * warps), size_t(warps * bytes), stream, p,
+                    rows);
   return launch_error();
 }
 
@@ -371,8 +297,13 @@ const char* launch(const Update& p, const DeviceRows& rows, void* cuda_stream) {
   const DType state = p.state.dtype;
   return by_storage(p.x.dtype, [&]<class T>() -> const char* {
     if constexpr (sizeof(T) < 8) {
-      if (state == DType::f32 && packs_fit<float>(p, rows)) return launch_packs<T, float>(p, rows, stream);
-      if (state == p.x.dtype && packs_fit<T>(p, rows)) return launch_packs<T, T>(p, rows, stream);
+      const auto in_packs = [&]<class S>() {
+        const auto small = packs_fit<S>(p, rows) ? narrow(p, rows) : std::nullopt;
+        if (small) launch_packs<T, S>(p, *small, rows, stream);
+        return small.has_value();
+      };
+      if (state == DType::f32 && in_packs.template operator()<float>()) return launch_error();
+      if (state == p.x.dtype && in_packs.template operator()<T>()) return launch_error();
       if (state != DType::f64) return launch_any<float>(p, rows, stream);
     }
     return launch_any<double>(p, rows, stream);
