@@ -194,24 +194,6 @@ struct Arrivals {
   }
 };
 
-// The kHalo values before a pack where the lanes lie along the tokens: the end of the pack of the lane
-// before, or, for lane 0, what the last lane has kept in `carry`. Each lane then keeps the end of its own.
-template <class T, int N>
-__device__ inline Pack<T, kHalo> values_before(const Pack<T, N>& pack, Pack<T, kHalo>& carry, int lane,
-                                               int lanes) {
-  constexpr int kWords = sizeof(carry.word) / sizeof(carry.word[0]), kSkip = kWords * (N / kHalo - 1);
-  const bool last = lane == lanes - 1;
-  Pack<T, kHalo> before;
-#pragma unroll
-  for (int i = 0; i < kWords; ++i) {
-    const auto end = pack.word[kSkip + i];
-    before.word[i] =
-        __shfl_sync(kAllLanes, last ? carry.word[i] : end, lane == 0 ? lanes - 1 : lane - 1, lanes);
-    carry.word[i] = end;
-  }
-  return before;
-}
-
 // The inputs at and before a token of a thread's channels: at[m] is m tokens back.
 template <class R, int kC>
 struct Past {
@@ -231,6 +213,7 @@ template <class R, int kC>
 struct Taps {
   R weight[kHalo][kC], bias[kC];
 
+  Taps() = default;
   __device__ Taps(const ConvFwd& p, const Sequences& seqs, int64_t channel) {
     const R poison = is_invalid(seqs) ? R(NAN) : R(0);
     const auto clamped = [&](int j) { return min(channel + j, p.dims.d - 1); };
