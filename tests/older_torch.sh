@@ -14,8 +14,8 @@ python -m pip install -q --no-deps --force-reinstall "$wheel"
 away=$(mktemp -d)
 trap 'rm -rf "$away"' EXIT
 mkdir "$away/tests"
-for file in __init__ conftest cases compare \
-  test_causal_conv1d test_selective_scan test_ssd test_norm test_state_update test_determinism test_isa; do
+for file in __init__ conftest cases compare layer_cases \
+  test_causal_conv1d test_selective_scan test_ssd test_norm test_add_norm test_state_update test_determinism test_isa; do
   cp "$tests/$file.py" "$away/tests/"
 done
 cd "$away"

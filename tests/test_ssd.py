@@ -183,8 +183,8 @@ def test_the_gradient_of_D_before_a_gate(
     """What it sums, the gradient before the gate, is in 16 bits elsewhere; the sum is one of float32."""
     options = {"options": WITHOUT_LIMIT, "params": torch.float32, "dtype": dtype, "device": device}
     inputs = cases.ssd(2, 200, 3, p, n, D_per_channel=D_per_channel, **options)
-    got = evaluate(mamba_ops.ssd, inputs, ("y",))["grad D"].double()
-    truth = evaluate(reference.ssd, cast(inputs, torch.float64), ("y",), dtype)["grad D"].double()
+    got = evaluate(mamba_ops.ssd, inputs, ("y",))["grad D"].double().cpu()
+    truth = evaluate(reference.ssd, cast(inputs, torch.float64), ("y",), dtype)["grad D"].double().cpu()
     assert torch.linalg.vector_norm(got - truth) <= 2e-6 * torch.linalg.vector_norm(truth)
 
 
