@@ -6,13 +6,16 @@
 // two or four of them in packs of 16 bytes, a thread two or one of each. A token's numbers and the states are
 // asked for before anything waits: one latency of the memory. Then every thread makes step, skip and gate of
 // one of its team's rows; the others get the step by shuffles, by which y is summed too, the rows halved on
-// the way. No shared memory, no barrier. States in other strides or sizes, float64 and complex ones: a warp
-// owns a row and keeps it in shared memory. Every order is fixed: bitwise repeatable.
+// the way. No shared memory, no barrier. Where strides and sizes are a layer's, a kernel that knows them
+// takes half of the instructions. States in other strides or sizes, float64 and complex ones: a warp owns a
+// row and keeps it in shared memory. Every order is fixed: bitwise repeatable.
 //
 // Bound by memory: SSD b128 h80 p64 n128 with a float32 state takes 0.167 ms on an H200, 4.0 TB/s where a
-// copy has 4.1; scan b128 d5120 n16 0.027 ms, 3.3 TB/s. At b1 by latencies: of the 420 instructions a warp of
-// the general form executes, ncu gives the SSD's 0.63 us of DRAM, 0.47 of constants, 0.24 of code and 0.8 of
-// issue, beside the 3.1 of an empty kernel. PlainUpdate has 300 and less than half of the constants.
+// copy has 4.1; scan b128 d5120 n16 0.027 ms, 3.3 TB/s. At b1 by latencies: on an H100 the SSD takes 6.15 us
+// between two events, a kernel that multiplies the same states by a number 5.6, one without loads 3.4, an
+// empty one 3.0. Code that an earlier launch has brought, more or fewer rows a thread, constants or states
+// asked for first, blocks of 32 to 256 threads: within 0.1 us, or slower. The scan: 4.7 us, by the general
+// kernel 5.1.
 #include <bit>
 
 #include "kernels/cuda/bits.cuh"
@@ -25,7 +28,8 @@ namespace gpu {
 
 namespace {
 
-constexpr int kThreads = 64, kThreadsAny = 128;
+constexpr int kThreads = 64, kThreadsLayer = 128, kThreadsAny = 128;
+constexpr int kRowsLayer = 4;  // of a team
 
 // One instruction in float, where the compiler's has ten.
 template <class R>
@@ -45,6 +49,12 @@ __device__ inline R step_size(const P& p, R dt, R bias) {
 template <class R, class P>
 __device__ inline R rate_of(const P& p, R A) {
   return p.A_is_log ? -exp_of(A) : A;
+}
+
+// V: a tensor of any of the updates.
+template <class T, class V>
+__device__ inline float number(const V& v, uint32_t bits) {
+  return v.present ? from_bits<T>(bits, v.dtype) : 0;
 }
 
 // ---- Packs of 16 bytes
@@ -68,11 +78,12 @@ __device__ inline float sum_of_row(float (&v)[kRows], unsigned lane, unsigned la
 }
 
 // T: of the inputs, S: of the state. kOneDecay: A is the same for all states of a row. kOneToken: t = 1, and
-// the new states need no registers. P: AnyUpdate or PlainUpdate.
-template <class T, class S, bool kOneDecay, bool kOneToken, int kPacks, int kRows, class P>
+// the new states need no registers.
+template <class T, class S, bool kOneDecay, bool kOneToken, int kPacks, int kRows>
 __global__ void __launch_bounds__(kThreads, !kOneToken  ? 8
                                             : kOneDecay ? 16
-                                                        : 12) update_packs(const __grid_constant__ P p) {
+                                                        : 12)
+    update_packs(const __grid_constant__ AnyUpdate p) {
   constexpr unsigned kPack = 16 / sizeof(S);
   using States = Pack<S, kPack>;
   using Values = Pack<T, kPack>;
@@ -91,30 +102,25 @@ __global__ void __launch_bounds__(kThreads, !kOneToken  ? 8
   };
   // Before and after it: one of the rows, which some neighbours share.
   const unsigned sharers = lanes / kRows, head = blockIdx.y;
+  const unsigned group_B = p.heads_per_B == p.h ? 0 : head / p.heads_per_B;
+  const unsigned group_C = p.heads_per_C == p.h ? 0 : head / p.heads_per_C;
   const unsigned row = row_of(lane * kRows >> p.lane_bits), own = near(row);
-  const auto number = [](const auto& v, uint32_t bits) {
-    return v.present ? from_bits<T>(bits, v.dtype) : 0;
-  };
-  const auto y_at = [&](unsigned b, unsigned t) {
-    return reinterpret_cast<T*>(p.of_token(p.y, b, t, head, row));
-  };
+  const auto y_at = [&](unsigned b, unsigned t) { return reinterpret_cast<T*>(p.y.at(b, t, head, row)); };
   overlap();
 
   const auto update = [&](unsigned b, unsigned state_row) {
     // Everything is asked for before anything waits, and what the longest work depends on first.
     T x, dt, z;
     const auto ask = [&](unsigned t) {
-      const auto value = [&](const auto& v) {
-        return *reinterpret_cast<const T*>(p.of_token(v, b, t, head, own));
-      };
-      dt = *reinterpret_cast<const T*>(p.dt_at(b, t, head, own));
+      const auto value = [&](const auto& v) { return *reinterpret_cast<const T*>(v.at(b, t, head, own)); };
+      dt = value(p.dt);
       x = value(p.x);
       z = value(p.z);
     };
     if (kOneToken || p.t > 0) ask(0);
-    const uint32_t bias_bits = p.template bits<T>(p.dt_bias, head, own);
-    const uint32_t A_bits = kOneDecay ? p.template bits<T>(p.A, head, own) : 0;
-    const uint32_t D_bits = p.template D_bits<T>(head, own);
+    const uint32_t bias_bits = bits_at<T>(p.dt_bias.at(head, own), p.dt_bias.dtype);
+    const uint32_t A_bits = kOneDecay ? bits_at<T>(p.A.at(head, own), p.A.dtype) : 0;
+    const uint32_t D_bits = bits_at<T>(p.D.at(head, own), p.D.dtype);
     States* stored[kRows][kPacks];
     States pack[kRows][kPacks];
     Rates rate[kRows][kPacks];
@@ -123,25 +129,26 @@ __global__ void __launch_bounds__(kThreads, !kOneToken  ? 8
 #pragma unroll
       for (unsigned k = 0; k < kPacks; ++k) {
         const unsigned at = near_column(k);
-        stored[r][k] = reinterpret_cast<States*>(p.template state_row<S>(state_row, head, near(row_of(r))) +
-                                                 at * sizeof(S));
+        stored[r][k] =
+            reinterpret_cast<States*>(p.state.at(state_row, head, near(row_of(r))) + at * sizeof(S));
         pack[r][k] = *stored[r][k];
         if (!kOneDecay)
-          rate[r][k] = *reinterpret_cast<const Rates*>(p.rates(head, near(row_of(r))) + at * sizeof(float));
+          rate[r][k] = *reinterpret_cast<const Rates*>(p.A.at(head, near(row_of(r))) + at * sizeof(float));
       }
     float h[kRows][kPacks][kPack];
     for (unsigned t = 0; t < (kOneToken ? 1 : p.t); ++t) {
       Values B[kPacks], C[kPacks];
 #pragma unroll
       for (unsigned k = 0; k < kPacks; ++k) {
-        B[k] = *reinterpret_cast<const Values*>(p.B_at(b, t, head) + near_column(k) * sizeof(T));
-        C[k] = *reinterpret_cast<const Values*>(p.C_at(b, t, head) + near_column(k) * sizeof(T));
+        B[k] = *reinterpret_cast<const Values*>(p.B.at(b, t, group_B) + near_column(k) * sizeof(T));
+        C[k] = *reinterpret_cast<const Values*>(p.C.at(b, t, group_C) + near_column(k) * sizeof(T));
       }
-      const float step = step_size(p, to_real(dt), number(p.dt_bias, bias_bits));
+      const float step = step_size(p, to_real(dt), number<T>(p.dt_bias, bias_bits));
       // decay: a factor, or a power of two that A is yet to multiply.
       const float now = to_real(x), gain = step * now,
-                  decay = kOneDecay ? exp_of(step * rate_of(p, number(p.A, A_bits))) : step * float(kLog2e);
-      const float skip = p.D.present ? number(p.D, D_bits) * now : 0;
+                  decay =
+                      kOneDecay ? exp_of(step * rate_of(p, number<T>(p.A, A_bits))) : step * float(kLog2e);
+      const float skip = p.D.present ? number<T>(p.D, D_bits) * now : 0;
       const float gate = p.z.present ? silu(to_real(z)) : 1;
       if (!kOneToken && t + 1 < p.t) ask(t + 1);
       float out[kRows] = {};
@@ -178,7 +185,63 @@ __global__ void __launch_bounds__(kThreads, !kOneToken  ? 8
 #pragma unroll 1
     for (unsigned t = 0; row < p.p && t < p.t; ++t) *y_at(b, t) = from_real<T>(value);
   };
-  p.for_rows(update, fill);
+  for_rows(p.rows, p.b, update, fill);
+}
+
+// LayerUpdate: a warp's states are neighbours in memory, kRows packs a thread.
+template <class T, class S, bool kOneDecay, int kLaneBits>
+__global__ void __launch_bounds__(kThreadsLayer) update_layer(const __grid_constant__ LayerUpdate p) {
+  constexpr unsigned kPack = 16 / sizeof(S), kRows = kRowsLayer;
+  using States = Pack<S, kPack>;
+  using Values = Pack<T, kPack>;
+  using Rates = Pack<float, kPack>;
+  constexpr unsigned kLanes = 1 << kLaneBits, kTeams = 32 >> kLaneBits, kSharers = kLanes / kRows;
+  const unsigned lane = threadIdx.x % kLanes, team = threadIdx.x % 32 / kLanes;
+  const unsigned head = blockIdx.y, block = blockIdx.x + head * gridDim.x;
+  const unsigned warp = block * (kThreadsLayer / 32) + threadIdx.x / 32;
+  const unsigned channel = (warp * kRows + lane / kSharers) * kTeams + team,
+                 first = warp * kRows * 32 + threadIdx.x % 32;
+  const unsigned owner = kOneDecay ? head : channel;
+  overlap();
+
+  // Everything is asked for before anything waits.
+  States* const stored = p.row<States>(p.state) + first;
+  States pack[kRows];
+  Rates rate[kRows];
+#pragma unroll
+  for (unsigned r = 0; r < kRows; ++r) {
+    pack[r] = stored[r * 32];
+    if (!kOneDecay) rate[r] = reinterpret_cast<const Rates*>(p.A.data)[first + r * 32];
+  }
+  const T dt = p.row<const T>(p.dt)[owner];
+  const uint32_t bias_bits = p.bits<T>(p.dt_bias, owner);
+  const uint32_t A_bits = kOneDecay ? p.bits<T>(p.A, owner) : 0;
+  const T x = p.row<const T>(p.x)[channel];
+  const Values B = p.row<const Values>(p.B)[lane], C = p.row<const Values>(p.C)[lane];
+  const T z = p.row<const T>(p.z)[channel];
+  const uint32_t D_bits = p.bits<T>(p.D, p.D_by_channel ? channel : head);
+
+  const float step = step_size(p, to_real(dt), number<T>(p.dt_bias, bias_bits));
+  const float now = to_real(x), gain = step * now,
+              decay = kOneDecay ? exp_of(step * rate_of(p, number<T>(p.A, A_bits))) : step * float(kLog2e);
+  float out[kRows] = {};
+#pragma unroll
+  for (unsigned r = 0; r < kRows; ++r) {
+    const unsigned from = team * kLanes + r * kSharers;
+    const float gain_r = __shfl_sync(kAllLanes, gain, from);
+    const float decay_r = kOneDecay ? decay : __shfl_sync(kAllLanes, decay, from);
+    float h[kPack];
+#pragma unroll
+    for (unsigned i = 0; i < kPack; ++i) {
+      h[i] = (kOneDecay ? decay_r : exp2_of(decay_r * rate[r].at(i))) * pack[r].at(i) + gain_r * B.at(i);
+      out[r] += C.at(i) * h[i];
+    }
+    stored[r * 32] = to_pack<S>(h);
+  }
+  const float sum = sum_of_row(out, lane, kLanes);
+  const float skip = p.D.present ? number<T>(p.D, D_bits) * now : 0;
+  const float gate = p.z.present ? silu(to_real(z)) : 1;
+  if (lane % kSharers == 0) p.row<T>(p.y)[channel] = from_real<T>((sum + skip) * gate);
 }
 
 // ---- Anything else
@@ -256,27 +319,42 @@ bool packs_fit(const Update& p, const DeviceRows& rows) {
 }
 
 template <class T, class S>
-void launch_packs(const Update& view, const AnyUpdate& any, const DeviceRows& rows, cudaStream_t stream) {
+void launch_packs(const Update& view, AnyUpdate p, cudaStream_t stream) {
   constexpr unsigned kPack = 16 / sizeof(S);
-  const auto launch = [&]<bool kOneDecay, bool kOneToken, int kPacks, int kRows>(auto p) {
+  const auto launch = [&]<bool kOneDecay, bool kOneToken, int kPacks, int kRows>() {
     p.lane_bits = std::bit_width(unsigned(kRows - 1));  // each of a thread's rows has a lane of its own
     while (kPacks * kPack << p.lane_bits < p.n) ++p.lane_bits;
     const unsigned block_rows = (kThreads >> p.lane_bits) * kRows;
-    launch_overlapped(update_packs<T, S, kOneDecay, kOneToken, kPacks, kRows, decltype(p)>,
-                      grid((p.p + block_rows - 1) / block_rows, any.h, any.b), kThreads, 0, stream, p);
+    launch_overlapped(update_packs<T, S, kOneDecay, kOneToken, kPacks, kRows>,
+                      grid((p.p + block_rows - 1) / block_rows, p.h, p.b), kThreads, 0, stream, p);
   };
   const auto by_size = [&]<bool kOneDecay>() {
-    const bool two = any.n > 32 * kPack;
-    if (!two && is_plain(view, rows, kOneDecay))
-      launch.template operator()<kOneDecay, true, 1, 4>(plain<kOneDecay>(view, any));
-    else if (any.t == 1)
-      two ? launch.template operator()<kOneDecay, true, 2, 2>(any)
-          : launch.template operator()<kOneDecay, true, 1, 4>(any);
+    const bool two = p.n > 32 * kPack;
+    if (p.t == 1)
+      two ? launch.template operator()<kOneDecay, true, 2, 2>()
+          : launch.template operator()<kOneDecay, true, 1, 4>();
     else
-      two ? launch.template operator()<kOneDecay, false, 2, 2>(any)
-          : launch.template operator()<kOneDecay, false, 1, 4>(any);
+      two ? launch.template operator()<kOneDecay, false, 2, 2>()
+          : launch.template operator()<kOneDecay, false, 1, 4>();
   };
   view.A.stride[2] == 0 ? by_size.template operator()<true>() : by_size.template operator()<false>();
+}
+
+// Whether there is a kernel for it: of the state sizes that models have.
+template <class T, class S>
+bool launch_layer(const Update& view, const AnyUpdate& any, cudaStream_t stream) {
+  const auto launch = [&]<bool kOneDecay, int kLaneBits>() {
+    constexpr unsigned kBlockRows = (kThreadsLayer >> kLaneBits) * kRowsLayer;
+    if (any.n != (16 / sizeof(S)) << kLaneBits) return false;
+    const auto p = as_layer(view, any, kOneDecay, kBlockRows);
+    if (p)
+      launch_overlapped(update_layer<T, S, kOneDecay, kLaneBits>, grid(any.p / kBlockRows, any.h, any.b),
+                        kThreadsLayer, 0, stream, *p);
+    return p.has_value();
+  };
+  if (view.A.stride[2] != 0) return launch.template operator()<false, 2>();
+  return launch.template operator()<true, 5>() || launch.template operator()<true, 4>() ||
+         launch.template operator()<true, 3>();
 }
 
 template <class R>
@@ -299,7 +377,7 @@ const char* launch(const Update& p, const DeviceRows& rows, void* cuda_stream) {
     if constexpr (sizeof(T) < 8) {
       const auto in_packs = [&]<class S>() {
         const auto small = packs_fit<S>(p, rows) ? narrow(p, rows) : std::nullopt;
-        if (small) launch_packs<T, S>(p, *small, rows, stream);
+        if (small && !launch_layer<T, S>(p, *small, stream)) launch_packs<T, S>(p, *small, stream);
         return small.has_value();
       };
       if (state == DType::f32 && in_packs.template operator()<float>()) return launch_error();

@@ -104,7 +104,7 @@ __device__ inline int64_t offset(const View& v, int64_t i, int64_t j, int64_t k,
 // A value of a parameter in float32 or T as it is stored: nothing waits for the load before the number is
 // made of it.
 template <class T>
-__device__ inline uint32_t bits_of(DType dtype, const char* at) {
+__device__ inline uint32_t bits_at(const char* at, DType dtype) {
   if (sizeof(T) == 4 || dtype == DType::f32) return *reinterpret_cast<const uint32_t*>(at);
   return *reinterpret_cast<const uint16_t*>(at);
 }
@@ -133,90 +133,31 @@ struct AnyUpdate {
   Narrow state, x, z, y, dt, A, dt_bias, D, B, C;
   unsigned lane_bits;  // log2 of the threads of a team
   DeviceRows rows;
-
-  __device__ char* of_token(const Narrow& v, unsigned b, unsigned t, unsigned head, unsigned row) const {
-    return v.at(b, t, head, row);
-  }
-  __device__ const char* dt_at(unsigned b, unsigned t, unsigned head, unsigned row) const {
-    return dt.at(b, t, head, row);
-  }
-  template <class T>
-  __device__ uint32_t bits(const Narrow& v, unsigned head, unsigned row) const {
-    return bits_of<T>(v.dtype, v.at(head, row));
-  }
-  template <class T>
-  __device__ uint32_t D_bits(unsigned head, unsigned row) const {
-    return bits<T>(D, head, row);
-  }
-  __device__ const char* rates(unsigned head, unsigned row) const { return A.at(head, row); }
-  template <class S>
-  __device__ char* state_row(unsigned i, unsigned head, unsigned row) const {
-    return state.at(i, head, row);
-  }
-  __device__ const char* B_at(unsigned b, unsigned t, unsigned head) const {
-    return B.at(b, t, heads_per_B == h ? 0 : head / heads_per_B);
-  }
-  __device__ const char* C_at(unsigned b, unsigned t, unsigned head) const {
-    return C.at(b, t, heads_per_C == h ? 0 : head / heads_per_C);
-  }
-  template <class Update, class Fill>
-  __device__ void for_rows(Update update, Fill fill) const {
-    gpu::for_rows(rows, b, update, fill);
-  }
 };
 
 // One token as the layers have it: each batch row has its own row of the state, which is contiguous; channels
-// are neighbours, B and C are one for all; parameters are one a head (kOneDecay) or one a channel. It takes
-// two thirds of the other's instructions and half of its constants, which count where there are few rows.
-template <bool kOneDecay>
-struct PlainUpdate {
+// are neighbours, B and C are one for all; parameters are one a head (kOneDecay) or one a channel; the states
+// of a row fill a team's packs, and the rows of a head its blocks. Half of the other's instructions and of
+// its constants, which count where there are few rows.
+struct LayerUpdate {
   struct Tensor {
     char* data;
     unsigned stride;  // from one batch row to the next, in bytes
     bool present;
     DType dtype;
   };
-  static constexpr unsigned t = 1;
-  unsigned p, n;
+  Tensor state, dt, dt_bias, A, x, B, C, z, D, y;
+  unsigned p;
   float dt_min, dt_max;
   bool softplus, A_is_log, D_by_channel;
-  unsigned lane_bits;
-  Tensor dt, x, z, dt_bias, A, D, B, C, state, y;
 
-  __device__ static char* at(const Tensor& v, unsigned b) { return v.data + uint64_t(b) * v.stride; }
-  __device__ unsigned channel(unsigned head, unsigned row) const { return head * p + row; }
-  __device__ unsigned owner(unsigned head, unsigned row) const {
-    return kOneDecay ? head : channel(head, row);
-  }
-  __device__ static unsigned bytes(const Tensor& v) { return v.dtype == DType::f32 ? 4 : 2; }
-
-  __device__ char* of_token(const Tensor& v, unsigned b, unsigned, unsigned head, unsigned row) const {
-    return at(v, b) + uint64_t(channel(head, row)) * bytes(x);
-  }
-  __device__ const char* dt_at(unsigned b, unsigned, unsigned head, unsigned row) const {
-    return at(dt, b) + uint64_t(owner(head, row)) * bytes(x);
+  template <class T>
+  __device__ static T* row(const Tensor& v) {
+    return reinterpret_cast<T*>(v.data + uint64_t(blockIdx.z) * v.stride);
   }
   template <class T>
-  __device__ uint32_t bits(const Tensor& v, unsigned head, unsigned row) const {
-    return bits_of<T>(v.dtype, v.data + uint64_t(owner(head, row)) * bytes(v));
-  }
-  template <class T>
-  __device__ uint32_t D_bits(unsigned head, unsigned row) const {
-    const unsigned i = D_by_channel ? channel(head, row) : head;
-    return bits_of<T>(D.dtype, D.data + uint64_t(i) * bytes(D));
-  }
-  __device__ const char* rates(unsigned head, unsigned row) const {
-    return A.data + uint64_t(channel(head, row)) * (n * 4);
-  }
-  template <class S>
-  __device__ char* state_row(unsigned i, unsigned head, unsigned row) const {
-    return at(state, i) + uint64_t(channel(head, row)) * (n * unsigned(sizeof(S)));
-  }
-  __device__ const char* B_at(unsigned b, unsigned, unsigned) const { return at(B, b); }
-  __device__ const char* C_at(unsigned b, unsigned, unsigned) const { return at(C, b); }
-  template <class Update, class Fill>
-  __device__ void for_rows(Update update, Fill) const {
-    update(blockIdx.z, blockIdx.z);
+  __device__ static uint32_t bits(const Tensor& v, unsigned i) {
+    return bits_at<T>(v.data + uint64_t(i) * (v.dtype == DType::f32 ? 4 : 2), v.dtype);
   }
 };
 
@@ -264,44 +205,41 @@ inline std::optional<AnyUpdate> narrow(const Update& p, const DeviceRows& rows) 
   return fits ? std::optional(out) : std::nullopt;
 }
 
-// Whether PlainUpdate knows its strides.
-inline bool is_plain(const Update& p, const DeviceRows& rows, bool one_decay) {
+// Where the strides and sizes are what LayerUpdate knows. block_rows: of a head, per block.
+inline std::optional<LayerUpdate> as_layer(const Update& view, const AnyUpdate& p, bool one_decay,
+                                           unsigned block_rows) {
+  const int64_t rows = view.p, each = one_decay ? 0 : 1;
   const auto lies = [](const View& v, int dim, int64_t of_head, int64_t of_row) {
     return !v || (v.stride[dim] == of_head && v.stride[dim + 1] == of_row);
   };
-  const auto by_channel = [&](const View& v, int dim) { return lies(v, dim, p.p, 1); };
-  const auto by_owner = [&](const View& v, int dim) { return lies(v, dim, one_decay ? 1 : p.p, !one_decay); };
-  return p.t == 1 && !rows.index.data && p.b <= kMaxGrid && p.h * p.p <= INT_MAX && p.heads_per_B == p.h &&
-         p.heads_per_C == p.h && by_channel(p.x, 2) && by_channel(p.z, 2) && by_channel(p.y, 2) &&
-         by_owner(p.dt, 2) && by_owner(p.dt_bias, 0) && (by_owner(p.D, 0) || by_channel(p.D, 0)) &&
-         (one_decay ? by_owner(p.A, 0) : lies(p.A, 0, p.p * p.n, p.n)) && lies(p.state, 1, p.p * p.n, p.n);
-}
-
-template <bool kOneDecay>
-PlainUpdate<kOneDecay> plain(const Update& view, const AnyUpdate& p) {
-  using Plain = PlainUpdate<kOneDecay>;
+  const auto by_channel = [&](const View& v, int dim) { return lies(v, dim, rows, 1); };
+  const auto by_owner = [&](const View& v, int dim) { return lies(v, dim, one_decay ? 1 : rows, each); };
+  const bool fits = p.t == 1 && !p.rows.index.data && p.b <= kMaxGrid && rows % block_rows == 0 &&
+                    p.h * rows <= INT_MAX && p.heads_per_B == p.h && p.heads_per_C == p.h &&
+                    by_channel(view.x, 2) && by_channel(view.z, 2) && by_channel(view.y, 2) &&
+                    by_owner(view.dt, 2) && by_owner(view.dt_bias, 0) &&
+                    (by_owner(view.D, 0) || by_channel(view.D, 0)) && lies(view.state, 1, rows * p.n, p.n) &&
+                    (one_decay ? by_owner(view.A, 0) : lies(view.A, 0, rows * p.n, p.n));
+  if (!fits) return std::nullopt;
   const auto of = [](const Narrow& v) {
-    return
-        typename Plain::Tensor{.data = v.data, .stride = v.stride[0], .present = v.present, .dtype = v.dtype};
+    return LayerUpdate::Tensor{.data = v.data, .stride = v.stride[0], .present = v.present, .dtype = v.dtype};
   };
-  return {.p = p.p,
-          .n = p.n,
-          .dt_min = p.dt_min,
-          .dt_max = p.dt_max,
-          .softplus = p.softplus,
-          .A_is_log = p.A_is_log,
-          .D_by_channel = view.D.stride[1] != 0,
-          .lane_bits = 0,
-          .dt = of(p.dt),
-          .x = of(p.x),
-          .z = of(p.z),
-          .dt_bias = of(p.dt_bias),
-          .A = of(p.A),
-          .D = of(p.D),
-          .B = of(p.B),
-          .C = of(p.C),
-          .state = of(p.state),
-          .y = of(p.y)};
+  return LayerUpdate{.state = of(p.state),
+                     .dt = of(p.dt),
+                     .dt_bias = of(p.dt_bias),
+                     .A = of(p.A),
+                     .x = of(p.x),
+                     .B = of(p.B),
+                     .C = of(p.C),
+                     .z = of(p.z),
+                     .D = of(p.D),
+                     .y = of(p.y),
+                     .p = p.p,
+                     .dt_min = p.dt_min,
+                     .dt_max = p.dt_max,
+                     .softplus = p.softplus,
+                     .A_is_log = p.A_is_log,
+                     .D_by_channel = view.D.stride[1] != 0};
 }
 
 }  // namespace mamba_ops::gpu
