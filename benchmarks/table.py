@@ -15,6 +15,12 @@ from typing import Any
 
 from .contenders import OURS
 
+MEDIANS = "Milliseconds: medians (quartiles) of one interleaved run."
+SMALL = 0.05  # of a case's time: kernels that take less are not worth a row
+BOUNDS = (
+    "By ncu: percent of what each unit could do in the kernel's time; where none is near its peak, what its "
+    f"warps wait for most. Without kernels that take less than {100 * SMALL:g} % of the work's time."
+)
 RESULTS = Path(__file__).parent / "results"
 
 
@@ -32,9 +38,12 @@ def line(name: str, record: dict[str, Any]) -> str:
 
 
 def render(report: dict[str, Any]) -> str:
-    """The tables in Markdown: where it was measured, cases against peers, and time against length."""
+    """The tables in Markdown: where it was measured, then cases against peers and time against length, or
+    what bounds each kernel."""
+    if "kernels" in report:
+        return _where(report) + " " + BOUNDS + "\n\n" + _bounds(report["kernels"]) + "\n"
     cases = report["cases"].values()
-    parts = [_where(report) + _missing(cases)]
+    parts = [f"{_where(report)} {MEDIANS}{_missing(cases)}"]
     plain = [record for record in cases if "series" not in record]
     if plain:
         rows = [_row(record) for record in plain]
@@ -85,8 +94,26 @@ def _where(report: dict[str, Any]) -> str:
     if "cuda" in device:
         about.append(f"CUDA {device['cuda']}")
     about += [f"{name} {version}" for name, version in report["versions"].items()]
-    measured = f"{'; '.join(about)}; {report['date']}, commit {report['commit']}."
-    return f"{measured} Milliseconds: medians (quartiles) of one interleaved run."
+    return f"{'; '.join(about)}; {report['date']}, commit {report['commit']}."
+
+
+def _bounds(kernels: list[dict[str, Any]]) -> str:
+    from .bounds import UNITS, bound
+
+    spent: dict[str, float] = {}
+    for kernel in kernels:
+        spent[kernel["case"]] = spent.get(kernel["case"], 0) + kernel["launches"] * kernel["ms"]
+    rows, before = [], None
+    for kernel in kernels:
+        if kernel["launches"] * kernel["ms"] < SMALL * spent[kernel["case"]]:
+            continue
+        launches = f" ({kernel['launches']} launches)" if kernel["launches"] > 1 else ""
+        percents = [f"{kernel['percent'][unit]:.0f}" for unit in UNITS]
+        title = kernel["title"] if kernel["case"] != before else ""
+        before = kernel["case"]
+        name = f"`{kernel['kernel']}`{launches}"
+        rows.append([title, name, milliseconds(kernel["ms"]), *percents, bound(kernel)])
+    return _markdown(("work", "kernel", "ms", *UNITS, "bound by"), rows)
 
 
 def _missing(cases: Iterable[dict[str, Any]]) -> str:

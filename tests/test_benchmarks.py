@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks import baselines, compare, contenders, run, table
+from benchmarks import baselines, bounds, compare, contenders, run, table
 from benchmarks.cases import UPDATES, Case, Must
 from benchmarks.contenders import OURS, Contender, Fresh
 from benchmarks.timing import Clock, Times, interleave
@@ -220,3 +220,41 @@ def test_the_gpu_is_busy_while_the_host_queues_a_call(monkeypatch: pytest.Monkey
     assert cycles[0] == 2_000_000 and cycles[1] >= 1.5 * 0.005 * 2e9
     del run
     assert not clock._ahead  # a call that is gone leaves no inputs behind
+
+
+def _ncu_log(launches: list[tuple[str, dict[str, float]]]) -> list[str]:
+    """As ncu prints it: names, units, a row for each launch; 1 where nothing else is given."""
+    metrics = [bounds.TIME, *(unit + bounds.OF_PEAK for unit in bounds.UNITS.values())]
+    metrics += [bounds._wait(name) for name in bounds.WAITS.values()]
+    rows = [["ID", "Kernel Name", *metrics], ["", "", "us", *["%"] * (len(metrics) - 1)]]
+    for i, (name, figures) in enumerate(launches):
+        rows.append([str(i), name, *(f"{figures.get(metric, 1):,}" for metric in metrics)])
+    return ["==PROF== Connected", *(",".join(f'"{cell}"' for cell in row) for row in rows)]
+
+
+def test_bounds_of_kernels(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Of launches of one kernel the longest counts; a unit near its peak is the bound, or else a wait."""
+    memory, slow = bounds.UNITS["memory"] + bounds.OF_PEAK, bounds._wait("barrier")
+    first = ("fwd", {bounds.TIME: 1500.0, memory: 20})
+    log = _ncu_log([first, ("bwd", {bounds.TIME: 900, slow: 4}), ("fwd", {bounds.TIME: 2500.0, memory: 91})])
+    fwd, bwd = bounds.kernels(log)
+    assert (fwd["kernel"], fwd["launches"], fwd["ms"], fwd["percent"]["memory"]) == ("fwd", 2, 2.5, 91)
+    assert bounds.bound(fwd) == "memory"
+    assert bounds.bound(bwd) == f"latency: barriers, {400 / (len(bounds.WAITS) + 3):.0f} %"
+    tiny = {**bwd, "kernel": "reduce", "ms": 0.1}
+    report = {"device": {"name": "GPU"}, "versions": {}, "date": "2026-01-01", "commit": "c"}
+    path = tmp_path / "gpu-bounds.json"
+    path.write_text(
+        json.dumps(report | {"kernels": [{"case": "c", "title": "work", **k} for k in (fwd, bwd, tiny)]})
+    )
+    assert table.main([str(path)]) == 0
+    printed = capsys.readouterr().out
+    assert "| work | `fwd` (2 launches) | 2.5 | 91 |" in printed and "`bwd`" in printed
+    assert "reduce" not in printed
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="for machines without a GPU")
+def test_bounds_say_what_is_missing(capsys: pytest.CaptureFixture[str]) -> None:
+    assert bounds.main([]) == 2 and "no CUDA device" in capsys.readouterr().err
+    assert bounds.main(["--only", "nothing"]) == 2
+    assert "no case matches 'nothing'" in capsys.readouterr().err
