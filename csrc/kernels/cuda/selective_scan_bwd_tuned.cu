@@ -29,7 +29,9 @@
 //
 // Shared memory: 93 KiB of a block, 109 in float32 and float16; two blocks a multiprocessor. Issue slots and
 // latency bound it: 950 instructions for a warp and group, in turns 1000. H200, b4 d5120 l4096, all options:
-// 2.35 ms in bfloat16, 2.91 in float32; in turns, b1 d2048 l65536, 4.39 and 5.6.
+// 2.35 ms in bfloat16, 2.91 in float32; in turns, b1 d2048 l65536, 4.39 and 5.6. ncu (H100): issue slots 59 %
+// of their peak, shared memory and L1 66 %, most waits for the instruction before; float32: shared memory
+// 89 %.
 #include "kernels/cuda/selective_scan_tuned_sums.cuh"
 
 namespace mamba_ops {
