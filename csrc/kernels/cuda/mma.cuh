@@ -46,6 +46,21 @@ __device__ inline uint32_t turn_matrix(uint32_t row) {
   return turned;
 }
 
+// Four lanes beside each other hold four words each: word k of lane i becomes word i of lane k.
+__device__ inline void turn_quad(uint32_t (&word)[4]) {
+#pragma unroll
+  for (int apart = 1; apart <= 2; apart *= 2) {
+    const bool upper = threadIdx.x & apart;
+#pragma unroll
+    for (int k = 0; k < 4; ++k) {
+      if (k & apart) continue;
+      const uint32_t other = __shfl_xor_sync(0xffffffffu, upper ? word[k] : word[k + apart], apart);
+      word[k] = upper ? other : word[k];
+      word[k + apart] = upper ? word[k + apart] : other;
+    }
+  }
+}
+
 // c += a b. Lane 4 r + q holds of c rows r (c[0], c[1]) and r + 8 (c[2], c[3]), columns 2 q, 2 q + 1.
 
 // (16 x 16) (16 x 8): a[0], a[1] rows r, r + 8 of k = 2 q, 2 q + 1; a[2], a[3] of k + 8. b[0], b[1]: column

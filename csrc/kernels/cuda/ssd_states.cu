@@ -170,7 +170,7 @@ struct States {
     const int64_t cells = a.pieces.cells, ldn = ssd_padded_n(dims);
     const int64_t slot = (piece - a.first) * cells + (reverse ? cells - 1 - i : i);
     E* to = static_cast<E*>(reverse ? a.states[1] : a.states[0]) + state_at(a.some * cells, slot);
-    store_state_pairs<F>(to, ldn, state, channels - first_row, ldn - first_column);
+    store_state_factors<F>(to, ldn, state, channels - first_row, ldn - first_column);
   }
   __device__ void store_end(R decay) {
     const int64_t ldn = ssd_padded_n(dims);

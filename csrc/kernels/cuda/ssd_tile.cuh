@@ -231,18 +231,34 @@ template <class S, int kTiles, class R>
 __device__ inline void store_state(S* to, int64_t ld, R (&sums)[kTiles][4], int64_t rows, int64_t columns) {
   for_state(sums, rows, columns, [&](R v, int row, int column) { to[row * ld + column] = from_real<S>(v); });
 }
-// The same with an even `ld`, rows aligned to pairs.
+// The same as factors, where `ld`, `columns` and the first value are multiples of 8: 64 bytes of a row at
+// once in 16 bits, where pairs would leave every request to L2 half of its sectors.
 template <class F, int kTiles>
-__device__ inline void store_state_pairs(typename F::Element* to, int64_t ld,
-                                         const typename F::Real (&sums)[kTiles][4], int64_t rows,
-                                         int64_t columns) {
+__device__ inline void store_state_factors(typename F::Element* to, int64_t ld,
+                                           const typename F::Real (&sums)[kTiles][4], int64_t rows,
+                                           int64_t columns) {
+  using E = typename F::Element;
   const int r = threadIdx.x % 32 / 4, q = threadIdx.x % 4;
 #pragma unroll
-  for (int half = 0; half < 2; ++half)
+  for (int half = 0; half < 2; ++half) {
+    E* const row = to + (r + 8 * half) * ld;
+    if constexpr (sizeof(E) == 2 && kTiles % 4 == 0) {
 #pragma unroll
-    for (int i = 0; i < kTiles; ++i)
-      if (r + 8 * half < rows && 8 * i + 2 * q < columns)
-        F::store_pair(to + (r + 8 * half) * ld + 8 * i + 2 * q, sums[i][2 * half], sums[i][2 * half + 1]);
+      for (int i = 0; i < kTiles; i += 4) {
+        uint32_t pairs[4];
+#pragma unroll
+        for (int k = 0; k < 4; ++k) pairs[k] = pack<E>(sums[i + k][2 * half], sums[i + k][2 * half + 1]);
+        turn_quad(pairs);
+        if (r + 8 * half < rows && 8 * (i + q) < columns)
+          *reinterpret_cast<uint4*>(row + 8 * (i + q)) = {pairs[0], pairs[1], pairs[2], pairs[3]};
+      }
+    } else {
+#pragma unroll
+      for (int i = 0; i < kTiles; ++i)
+        if (r + 8 * half < rows && 8 * i + 2 * q < columns)
+          F::store_pair(row + 8 * i + 2 * q, sums[i][2 * half], sums[i][2 * half + 1]);
+    }
+  }
 }
 
 template <int kTiles, class R>
