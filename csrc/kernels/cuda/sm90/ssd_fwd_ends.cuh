@@ -62,12 +62,14 @@ __device__ void make_end(const Maps& maps, const FwdArgs& args, uint8_t* memory,
     StepReader<Dt> reader{lane};
     reader.aim(args, pair.row, head, end - 1);
     reader.read(args, end - 1);
+    for (int k = 1; k < kStages && k < count; ++k) reader.ask(args, end - 1 - k, -k);
     float later = 1;  // decay from the end of the chunk to that of the part
     for (uint32_t i = 0; i < count; ++i) {
       const int chunk = end - 1 - int(i), stage = int(i % kStages);
       const LaneSteps<kPacked> steps(args, reader, rates, chain, chunk);
       reader.skip(args, -1);
       if (chunk > begin) reader.read(args, chunk - 1);
+      if (chunk - kStages >= begin) reader.ask(args, chunk - kStages, 1 - kStages);
       wait_for(shared.free(stage), parity(i, kStages) ^ 1);
       shared.weights(stage, warp)[pair_at(lane)] = steps.template weights<T>(later);
       arrive(shared.full(stage));
