@@ -32,11 +32,22 @@ __device__ void make_steps(const SsdBwdArgs& a, unsigned block, StepBuffer& dt) 
                       ? to_real(from[int64_t(t0 + j) * f.dt.stride[1] + lane * f.dt.stride[2]])
                       : 0.f;
   }
+  // Of the lane's head, asked for beside dt.
+  const int lane_head = head0 + min(lane, heads - 1);
+  const float lane_rate = parameter(f.A, lane_head) * float(kLog2e),
+              lane_bias = parameter(f.dt_bias, lane_head);
   if (chunk == 0 && row == 0) {
     if (threadIdx.x < heads) a.arrived[head0 + threadIdx.x] = 0;
-    for (int i = threadIdx.x; a.D && i < heads * kTile; i += 32 * kWarps)
-      a.D[head0 * kTile + i] =
-          load_one<float>(f.D, (head0 + i / kTile) * f.D.stride[0] + i % kTile * f.D.stride[1]);
+    constexpr int kValues = kStepHeads * kTile / (32 * kWarps);
+    float D[kValues] = {};
+    const auto at = [&](int i) { return int(threadIdx.x) + i * 32 * kWarps; };
+#pragma unroll
+    for (int i = 0; i < kValues; ++i)
+      if (a.D && at(i) < heads * kTile)
+        D[i] = load_one<float>(f.D, (head0 + at(i) / kTile) * f.D.stride[0] + at(i) % kTile * f.D.stride[1]);
+#pragma unroll
+    for (int i = 0; i < kValues; ++i)
+      if (a.D && at(i) < heads * kTile) a.D[head0 * kTile + at(i)] = D[i];
   }
   if (a.starts && head0 == 0 && warp < kChunk / 32) {
     const int t = t0 + 32 * warp + lane;
@@ -49,7 +60,7 @@ __device__ void make_steps(const SsdBwdArgs& a, unsigned block, StepBuffer& dt) 
     for (int i = threadIdx.x; i < 1 + a.handed_count(); i += 32 * kWarps) a.ticket[i] = 0;
   __syncthreads();
   for (int k = warp; k < heads; k += kWarps) {
-    const float rate = parameter(f.A, head0 + k) * float(kLog2e), bias = parameter(f.dt_bias, head0 + k);
+    const float rate = __shfl_sync(kAllLanes, lane_rate, k), bias = __shfl_sync(kAllLanes, lane_bias, k);
     float delta[4], s[4], sum = 0;
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
