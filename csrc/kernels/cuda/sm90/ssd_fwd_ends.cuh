@@ -4,7 +4,9 @@
 //
 // Chunk by chunk from the end of the part: then the weights alone decay and E is one long product. A block
 // owns a part and a pair of slabs; warpgroups 0, 1 a slab each, warps 0, 1 of warpgroup 2 make its weights,
-// warp 2 loads. Shared memory: 6 stages (n = 64: 8) of B, the pair's X and the weights.
+// warp 2 loads. Shared memory: 6 stages (n = 64: 8) of B, the pair's X and the weights. The steps lie far
+// apart in memory: they are asked for as many chunks ahead, without which each chunk would wait for them (b1
+// l65536 h128, the whole forward on an H100: 1.12 ms instead of 1.05).
 #pragma once
 #include "kernels/cuda/sm90/ssd_fwd.cuh"
 
