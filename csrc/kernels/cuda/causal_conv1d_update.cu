@@ -197,7 +197,7 @@ const char* state_update_cuda(const ConvUpdate& p, const DeviceRows& rows, void*
   if (dims.b * dims.d == 0) return nullptr;
   const cudaStream_t stream = static_cast<cudaStream_t>(cuda_stream);
   const auto grid = [&](int64_t owners, int threads) {
-    return dim3(unsigned((owners + threads - 1) / threads), 1, unsigned(std::min<int64_t>(dims.b, 65535)));
+    return dim3(unsigned((owners + threads - 1) / threads), 1, unsigned(std::min(dims.b, kMaxGrid)));
   };
   by_storage(p.conv.x.dtype, [&]<class T>() {
     const auto launched = [&]<class W>() {

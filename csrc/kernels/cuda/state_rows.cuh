@@ -6,6 +6,8 @@
 
 namespace mamba_ops::gpu {
 
+inline constexpr int64_t kMaxGrid = 65535;  // blocks in y and z of a grid
+
 // The first of the batch rows [begin, end) whose state is `row`, or end. For whole warps.
 template <class Count>
 __device__ inline Count find_row(const IndexView& index, int64_t row, Count begin, Count end) {

@@ -11,8 +11,6 @@
 
 namespace mamba_ops::gpu {
 
-inline constexpr int64_t kMaxGrid = 65535;  // in y and z
-
 // Rows (head, channel of it) of n states, where the rows of a head share B and C: a head of the SSD, or the
 // neighbouring channels of a scan that have their groups of B and C in common.
 struct Update {
@@ -161,6 +159,16 @@ struct LayerUpdate {
   }
 };
 
+// `to` with every tensor of `from` as `of` makes it.
+template <class To, class From, class Of>
+To with_tensors(To to, const From& from, Of of) {
+  to.state = of(from.state), to.y = of(from.y);
+  to.x = of(from.x), to.z = of(from.z), to.dt = of(from.dt);
+  to.A = of(from.A), to.dt_bias = of(from.dt_bias), to.D = of(from.D);
+  to.B = of(from.B), to.C = of(from.C);
+  return to;
+}
+
 // Nothing where sizes or strides need more than 32 bits.
 inline std::optional<AnyUpdate> narrow(const Update& p, const DeviceRows& rows) {
   constexpr int64_t kMost = INT_MAX / 32;
@@ -179,29 +187,19 @@ inline std::optional<AnyUpdate> narrow(const Update& p, const DeviceRows& rows) 
     }
     return out;
   };
-  const AnyUpdate out{.b = unsigned(p.b),
-                      .h = unsigned(p.h),
-                      .p = unsigned(p.p),
-                      .n = unsigned(p.n),
-                      .t = unsigned(p.t),
-                      .heads_per_B = unsigned(p.heads_per_B),
-                      .heads_per_C = unsigned(p.heads_per_C),
-                      .softplus = p.softplus,
-                      .A_is_log = p.A_is_log,
-                      .dt_min = float(p.dt_min),
-                      .dt_max = float(p.dt_max),
-                      .state = of(p.state),
-                      .x = of(p.x),
-                      .z = of(p.z),
-                      .y = of(p.y),
-                      .dt = of(p.dt),
-                      .A = of(p.A),
-                      .dt_bias = of(p.dt_bias),
-                      .D = of(p.D),
-                      .B = of(p.B),
-                      .C = of(p.C),
-                      .lane_bits = 0,
-                      .rows = rows};
+  const AnyUpdate sizes{.b = unsigned(p.b),
+                        .h = unsigned(p.h),
+                        .p = unsigned(p.p),
+                        .n = unsigned(p.n),
+                        .t = unsigned(p.t),
+                        .heads_per_B = unsigned(p.heads_per_B),
+                        .heads_per_C = unsigned(p.heads_per_C),
+                        .softplus = p.softplus,
+                        .A_is_log = p.A_is_log,
+                        .dt_min = float(p.dt_min),
+                        .dt_max = float(p.dt_max),
+                        .rows = rows};
+  const AnyUpdate out = with_tensors(sizes, p, of);
   return fits ? std::optional(out) : std::nullopt;
 }
 
@@ -224,22 +222,13 @@ inline std::optional<LayerUpdate> as_layer(const Update& view, const AnyUpdate& 
   const auto of = [](const Narrow& v) {
     return LayerUpdate::Tensor{.data = v.data, .stride = v.stride[0], .present = v.present, .dtype = v.dtype};
   };
-  return LayerUpdate{.state = of(p.state),
-                     .dt = of(p.dt),
-                     .dt_bias = of(p.dt_bias),
-                     .A = of(p.A),
-                     .x = of(p.x),
-                     .B = of(p.B),
-                     .C = of(p.C),
-                     .z = of(p.z),
-                     .D = of(p.D),
-                     .y = of(p.y),
-                     .p = p.p,
-                     .dt_min = p.dt_min,
-                     .dt_max = p.dt_max,
-                     .softplus = p.softplus,
-                     .A_is_log = p.A_is_log,
-                     .D_by_channel = view.D.stride[1] != 0};
+  const LayerUpdate sizes{.p = p.p,
+                          .dt_min = p.dt_min,
+                          .dt_max = p.dt_max,
+                          .softplus = p.softplus,
+                          .A_is_log = p.A_is_log,
+                          .D_by_channel = view.D.stride[1] != 0};
+  return with_tensors(sizes, p, of);
 }
 
 }  // namespace mamba_ops::gpu
