@@ -8,20 +8,18 @@ from __future__ import annotations
 
 import argparse
 import csv
-import fnmatch
-import json
 import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from . import run, table
-from .cases import Case, cuda_cases
+from .cases import Case, select
 
 TIME = "gpu__time_duration.sum"
 OF_PEAK = ".avg.pct_of_peak_sustained_elapsed"
@@ -67,11 +65,9 @@ def main(argv: list[str] | None = None) -> int:
     option("--case", help=argparse.SUPPRESS)  # in the process that is profiled
     args = parser.parse_args(argv)
     if args.case:
-        call_once(next(case for case in cuda_cases() if case.name == args.case))
+        call_once(next(case for case in select("cuda", False, None) if case.name == args.case))
         return 0
-    chosen = [
-        case for case in profiled() if args.only is None or fnmatch.fnmatch(case.name, f"*{args.only}*")
-    ]
+    chosen = profiled(args.only)
     complaint = (
         f"no case matches {args.only!r}"
         if not chosen
@@ -96,22 +92,19 @@ def main(argv: list[str] | None = None) -> int:
     print("\n" + table.render(report))
     out = args.out or (args.only is None and run.RESULTS / f"{report['device']['slug']}-bounds.json")
     if out:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        out.write_text(json.dumps(report, indent=1) + "\n")
+        run.save(report, out)
         print(f"written: {out}")
     return 0
 
 
-def profiled() -> Iterator[Case]:
+def profiled(only: str | None = None) -> list[Case]:
     """The cases of operators but for the series: forward and backward where there are both."""
     cases = {
         case.name: case
-        for case in cuda_cases()
+        for case in select("cuda", False, only)
         if case.series is None and not case.name.startswith(NOT_ALONE)
     }
-    for name, case in cases.items():
-        if name.replace("/forward/", "/both/") == name or name.replace("/forward/", "/both/") not in cases:
-            yield case
+    return [case for name, case in cases.items() if _both(name) == name or _both(name) not in cases]
 
 
 def call_once(case: Case) -> None:
@@ -175,6 +168,10 @@ def bound(kernel: dict[str, Any]) -> str:
         return unit
     wait, share = max(kernel["waits"].items(), key=lambda item: item[1])
     return f"latency: {wait}, {share:.0f} %"
+
+
+def _both(name: str) -> str:
+    return name.replace("/forward/", "/both/")
 
 
 def _wait(name: str) -> str:

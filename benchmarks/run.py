@@ -62,11 +62,16 @@ def main(argv: list[str] | None = None) -> int:
     whole = not (args.only or args.quick)
     out = args.out or (RESULTS / f"{report['device']['slug']}.json" if whole else None)
     if out is not None:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        out.write_text(json.dumps(report, indent=1) + "\n")
+        save(report, out)
         written = [out, *(plots.draw(report, out) if whole else ())]
         print("\n".join(f"written: {path}" for path in written))
     return 0 if all(OURS in record["times"] for record in report["cases"].values()) else 1
+
+
+def save(report: dict[str, Any], out: Path) -> None:
+    """Writes a results file."""
+    out.parent.mkdir(parents=True, exist_ok=True)
+    out.write_text(json.dumps(report, indent=1) + "\n")
 
 
 def measure(case: Case, clock: Clock, budget_s: float, device_name: str) -> dict[str, Any]:
