@@ -24,8 +24,11 @@
 // every order is fixed by the sizes and the GPU's kind: bitwise repeatable.
 //
 // Bound by latency: with b h = 320 there are 2.4 warps a scheduler. b 4, l 4096, h 80, p 64, n 128 takes
-// 0.462 ms in bfloat16, 1.08 in float32 (H100, whose multiprocessors are the H200's). ncu: shared memory and
-// L1 52 % of their peak, issue slots 30 %, tensor cores 23 %; float32 48, 39 and 23 %.
+// 0.47 ms in bfloat16, 1.11 in float32 (H100, whose multiprocessors are the H200's). ncu: shared memory and
+// L1 52 % of their peak, issue slots 29 %, tensor cores 23 %; float32 48, 39 and 23 %. In float32 twice the
+// warps, each with half of a state's columns, take 1.37 (80 registers, a third more instructions), y by way
+// of shared memory 1.17; splitting H by a bound of its rows in the place of their largest values 1.09, but
+// columns 10^6 apart then lose two digits.
 #include <algorithm>
 
 #include "kernels/cuda/ssd.h"
