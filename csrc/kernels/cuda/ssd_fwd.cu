@@ -10,7 +10,8 @@
 // of the next chunk too.
 //
 // float32: three products of float16 for one (split.cuh). Every warp splits the rows of B and C that it has
-// copied; P is split when it is made, H and x^T in registers.
+// copied; P is split when it is made, H and x^T in registers. H's largest values are found when it is made,
+// in the shadow of its products.
 //
 // Shared memory: tiles of B and C (kQ x kN), free for the next chunk's once P is there; two of x (kQ x kP), y
 // takes the place of the one in use; P (kQ x kQ); z (kQ x kP) where there is one. In float32 one tile of x; z
@@ -24,7 +25,7 @@
 // every order is fixed by the sizes and the GPU's kind: bitwise repeatable.
 //
 // Bound by latency: with b h = 320 there are 2.4 warps a scheduler. b 4, l 4096, h 80, p 64, n 128 takes
-// 0.47 ms in bfloat16, 1.11 in float32 (H100, whose multiprocessors are the H200's). ncu: shared memory and
+// 0.47 ms in bfloat16, 1.10 in float32 (H100, whose multiprocessors are the H200's). ncu: shared memory and
 // L1 52 % of their peak, issue slots 29 %, tensor cores 23 %; float32 48, 39 and 23 %. In float32 twice the
 // warps, each with half of a state's columns, take 1.37 (80 registers, a third more instructions), y by way
 // of shared memory 1.17; splitting H by a bound of its rows in the place of their largest values 1.09, but

@@ -118,6 +118,10 @@ struct Forward : FwdProducts<F, Sizes> {
       for (int64_t k = 0; k < work.piece; ++k)
         pass_piece(state, dims, a.pieces, false, work.row, k, work.head, work.first_p + first_row, 0, rows);
     }
+    if constexpr (T::kSplit) {
+      this->find_largest();
+      __syncwarp();
+    }
   }
   __device__ void leave(const Chunk& chunk) {
     if (!chunk.leaves) return;

@@ -121,6 +121,21 @@ struct SplitProducts : FwdBlock<F, Sizes> {
       Block::state, Block::tiles, Block::warp;
   using typename Block::ChunkSteps, typename Block::T;
 
+  // The largest values of this warp's rows of the state, for the next product with it.
+  __device__ void find_largest() const {
+    float most[2] = {};
+#pragma unroll
+    for (int tile = 0; tile < kN / 8; ++tile)
+#pragma unroll
+      for (int k = 0; k < 4; k += 2)
+        most[k / 2] = fmaxf(most[k / 2], fmaxf(fabsf(state[tile][k]), fabsf(state[tile][k + 1])));
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      most[half] = row_largest(most[half]);
+      if (lane % 4 == 0) tiles.largest[16 * warp + lane / 4 + 8 * half] = most[half];
+    }
+  }
+
   // Once this warp's copies are there.
   __device__ void split_C() const { split_tile<kQ, kN, T::kWarps>(tiles.C, T::kLdC, tiles.from_C); }
   __device__ void split_B() const { split_tile<kQ, kN, T::kWarps>(tiles.B, T::kLdB, tiles.from_B); }
@@ -156,13 +171,8 @@ struct SplitProducts : FwdBlock<F, Sizes> {
 
   // y = (H C^T) 2^s_i.
   __device__ void multiply_state(const ChunkSteps& steps, float (&y)[kQ / 8][4]) const {
-    float most[2] = {};
-#pragma unroll
-    for (int tile = 0; tile < kN / 8; ++tile)
-#pragma unroll
-      for (int k = 0; k < 4; k += 2)
-        most[k / 2] = fmaxf(most[k / 2], fmaxf(fabsf(state[tile][k]), fabsf(state[tile][k + 1])));
-    const SplitScale scales[2] = {SplitScale(row_largest(most[0])), SplitScale(row_largest(most[1]))};
+    const float* const largest = tiles.largest + 16 * warp + lane / 4;
+    const SplitScale scales[2] = {SplitScale(largest[0]), SplitScale(largest[8])};
 #pragma unroll
     for (int k = 0; k < kN; k += kSplitTerms) {
       float part[kQ / 8][4] = {};
@@ -187,6 +197,7 @@ struct SplitProducts : FwdBlock<F, Sizes> {
   __device__ void add_tokens(const float* x, const ChunkSteps& steps) {
     add_split_tokens<F, kQ>(state, steps.decay, x + 16 * warp, T::kLdX, steps.weight, tiles.B, T::kLdB,
                             tiles.from_B, 0);
+    find_largest();
   }
 
   // y += X^T P^T + D x.

@@ -68,6 +68,7 @@ struct FwdTiles : Sizes {
   alignas(16) E P[kQ * kLdP];
   // Factors of split rows; P's: of 16 of its terms, times that of C.
   alignas(16) R from_B[kSplit ? kQ : 1], from_C[kSplit ? kQ : 1], from_P[kSplit ? kQ / 16 : 1][kQ];
+  R largest[kSplit ? kP : 1];               // of a row of the state
   alignas(16) E z[kSplit ? 1 : kQ * kLdX];  // allocated for z alone
   static constexpr int bytes(bool z) { return int(z ? sizeof(FwdTiles) : offsetof(FwdTiles, z)); }
 };
