@@ -1,6 +1,6 @@
 // Sums over the threads of a block.
 #pragma once
-#include <cstdint>
+#include "kernels/cuda/load_store.cuh"
 
 namespace mamba_ops::gpu {
 
@@ -11,7 +11,7 @@ __device__ inline void block_sums(R (&v)[N], int half) {
   __shared__ R s_warps[2][32][N];
 #pragma unroll
   for (int n = 0; n < N; ++n)
-    for (int k = 16; k > 0; k /= 2) v[n] += __shfl_xor_sync(0xffffffffu, v[n], k);
+    for (int k = 16; k > 0; k /= 2) v[n] += __shfl_xor_sync(kAllLanes, v[n], k);
   if (threadIdx.x % 32 == 0)
 #pragma unroll
     for (int n = 0; n < N; ++n) s_warps[half][threadIdx.x / 32][n] = v[n];

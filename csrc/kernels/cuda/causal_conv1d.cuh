@@ -14,6 +14,7 @@
 #include <cmath>
 
 #include "kernels/causal_conv1d.h"
+#include "kernels/cuda/device.h"
 #include "kernels/cuda/sequences.cuh"
 
 namespace mamba_ops::gpu {
@@ -74,8 +75,7 @@ ConvTiles conv_tiles(const ConvDims& dims, int max_chunks) {
   tiles.tokens = (kC > 1 ? others : lanes) * kT * tiles.chunks;
   tiles.channel_tiles = (dims.d + tiles.channels - 1) / tiles.channels;
   tiles.token_tiles = (dims.l + tiles.tokens - 1) / tiles.tokens;
-  tiles.grid = {unsigned(tiles.channel_tiles * tiles.token_tiles),
-                unsigned(std::min<int64_t>(dims.b, 65535))};
+  tiles.grid = {unsigned(tiles.channel_tiles * tiles.token_tiles), unsigned(std::min(dims.b, kMaxGrid))};
   return tiles;
 }
 
@@ -335,7 +335,7 @@ __device__ inline R input_at(const ConvFwd& p, const EdgeRun& run, int64_t c, in
 
 // A thread for every channel, a row of blocks for every row of states; more rows than fit are taken in turns.
 inline dim3 edge_grid(const ConvDims& dims, int64_t states) {
-  return {unsigned((dims.d + kConvThreads - 1) / kConvThreads), unsigned(std::min<int64_t>(states, 65535))};
+  return {unsigned((dims.d + kConvThreads - 1) / kConvThreads), unsigned(std::min(states, kMaxGrid))};
 }
 
 }  // namespace mamba_ops::gpu

@@ -9,6 +9,8 @@
 
 namespace mamba_ops::gpu {
 
+inline constexpr int64_t kMaxGrid = 65535;  // blocks in y and z of a grid
+
 // 0 where there is no device.
 inline int device_attribute(cudaDeviceAttr attribute) {
   int device = 0, value = 0;

@@ -16,6 +16,9 @@ namespace mamba_ops::gpu {
 inline constexpr unsigned kAllLanes = 0xffffffff;
 inline constexpr double kLog2e = 1.4426950408889634;
 
+// Asks for what lies around p to be brought to L2.
+__device__ inline void ask_for(const void* p) { asm volatile("prefetch.global.L2 [%0];" ::"l"(p)); }
+
 // The type of the arithmetic for a storage type.
 template <class T>
 using Real = std::conditional_t<std::is_same_v<T, double>, double, float>;

@@ -54,7 +54,7 @@ __device__ inline void turn_quad(uint32_t (&word)[4]) {
 #pragma unroll
     for (int k = 0; k < 4; ++k) {
       if (k & apart) continue;
-      const uint32_t other = __shfl_xor_sync(0xffffffffu, upper ? word[k] : word[k + apart], apart);
+      const uint32_t other = __shfl_xor_sync(kAllLanes, upper ? word[k] : word[k + apart], apart);
       word[k] = upper ? other : word[k];
       word[k + apart] = upper ? word[k + apart] : other;
     }

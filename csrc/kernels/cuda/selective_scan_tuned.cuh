@@ -245,7 +245,7 @@ inline std::optional<Along> tuned_axis(const ScanFwd& p, const Sequences& seqs,
   for (const View* v : {&p.u, &p.delta, &p.z}) near &= v->stride[2] < kMaxStride;
   for (const View* v : like_u) near &= v->stride[2] < kMaxStride;
   if (!one_type || dims.b * dims.d * dims.l == 0 || dims.d % 2 != 0 || dims.n != kTunedState ||
-      dims.complex || dims.constant_B || dims.constant_C || seqs.id.data || dims.b > 65535 ||
+      dims.complex || dims.constant_B || dims.constant_C || seqs.id.data || dims.b > kMaxGrid ||
       dims.l > INT_MAX || !near)
     return std::nullopt;
   for (const Along along : {Along::channels, Along::tokens}) {

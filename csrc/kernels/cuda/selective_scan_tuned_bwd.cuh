@@ -157,17 +157,16 @@ __device__ void move_left(const BwdStrides& strides, int64_t d, BwdWarp<T>& shar
 template <class T, bool kGate>
 __device__ void prefetch_left(const BwdStrides& strides, int64_t d, BwdWarp<T>& shared, int windows) {
   const int lane = threadIdx.x % kWarp;
-  const auto ask = [](const char* p) { asm volatile("prefetch.global.L2 [%0];" ::"l"(p)); };
 #pragma unroll
   for (const BwdTensor i : {kU, kDelta, kDy, kZ}) {
     if (i == kZ && !kGate) continue;
     const int64_t token = strides.bytes[i] / kGroup;
     const char* p = shared.start[i] - ((windows - 1) * kScanCheckpointCuda + lane + 1) * token;
-    ask(p);
-    ask(p - kWarp * token);
+    ask_for(p);
+    ask_for(p - kWarp * token);
   }
   if (lane < kTunedState)
-    ask(shared.start[kCheckpoints] - (windows * kTunedState - lane) * d * int64_t(sizeof(float)));
+    ask_for(shared.start[kCheckpoints] - (windows * kTunedState - lane) * d * int64_t(sizeof(float)));
 }
 
 // What leaves a window on the left: `alone` if nothing enters on the right, and the part of that which gets

@@ -28,7 +28,7 @@ __global__ void run_starts(const Sequences seqs, int64_t b, int64_t l, uint32_t*
   for (int64_t i = int64_t(blockIdx.x) * (kThreads / 32) + threadIdx.x / 32; i < b * seqs.words;
        i += stride) {
     const int64_t row = i / seqs.words, t = (i - row * seqs.words) * 32 + threadIdx.x % 32;
-    const unsigned bits = __ballot_sync(0xffffffffu, t > 0 && t < l && gpu::begins(seqs, row, t));
+    const unsigned bits = __ballot_sync(gpu::kAllLanes, t > 0 && t < l && gpu::begins(seqs, row, t));
     if (threadIdx.x % 32 == 0) starts[i] = bits;
   }
 }

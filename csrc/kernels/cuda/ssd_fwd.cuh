@@ -120,7 +120,7 @@ struct Forward : FwdProducts<F, Sizes> {
     }
     if constexpr (T::kSplit) {
       this->find_largest();
-      __syncwarp();
+      __syncwarp();  // they are read before the next barrier
     }
   }
   __device__ void leave(const Chunk& chunk) {

@@ -6,14 +6,12 @@
 
 namespace mamba_ops::gpu {
 
-inline constexpr int64_t kMaxGrid = 65535;  // blocks in y and z of a grid
-
 // The first of the batch rows [begin, end) whose state is `row`, or end. For whole warps.
 template <class Count>
 __device__ inline Count find_row(const IndexView& index, int64_t row, Count begin, Count end) {
   for (Count base = begin; base < end; base += 32) {
     const Count i = base + threadIdx.x % 32;
-    const unsigned hits = __ballot_sync(0xffffffffu, i < end && index_at(index, i * index.stride[0]) == row);
+    const unsigned hits = __ballot_sync(kAllLanes, i < end && index_at(index, i * index.stride[0]) == row);
     if (hits) return base + __ffs(hits) - 1;
   }
   return end;

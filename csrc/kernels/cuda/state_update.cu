@@ -287,7 +287,7 @@ __global__ void __launch_bounds__(kThreadsAny) update_any(const Update p, const 
           out += load_one<R>(p.C, at_C) * h[0];
         }
       }
-      for (int k = 16; k > 0; k /= 2) out += __shfl_xor_sync(0xffffffffu, out, k);
+      for (int k = 16; k > 0; k /= 2) out += __shfl_xor_sync(kAllLanes, out, k);
       if (p.D.data) out += load_one<R>(p.D, head * p.D.stride[0] + row * p.D.stride[1]) * x;
       if (p.z.data) out *= silu(load_one<R>(p.z, offset(p.z, b, t, head, row)));
       if (lane == 0) store_one(p.y, offset(p.y, b, t, head, row), out);

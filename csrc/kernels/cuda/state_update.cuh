@@ -6,6 +6,7 @@
 #include <cmath>
 #include <optional>
 
+#include "kernels/cuda/device.h"
 #include "kernels/cuda/state_rows.cuh"
 #include "kernels/state_update.h"
 

@@ -136,8 +136,8 @@ struct StepReader {
   __device__ void ask(const FwdArgs& args, int chunk, int chunks) const {
     const int left = args.l - chunk * kQ - 2 * lane;
     const Dt* const there = at + args.dt.stride[1] * (kQ * chunks);
-    if (left > 0) asm volatile("prefetch.global.L2 [%0];" ::"l"(there));
-    if (left > 1) asm volatile("prefetch.global.L2 [%0];" ::"l"(there + args.dt.stride[1]));
+    if (left > 0) ask_for(there);
+    if (left > 1) ask_for(there + args.dt.stride[1]);
   }
   // What was read, through bias, softplus and limits.
   __device__ void steps(const FwdArgs& args, float bias, float (&v)[2]) const {
