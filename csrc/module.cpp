@@ -16,4 +16,8 @@ PYBIND11_MODULE(_C, m) {
         pybind11::arg("sizes"), "What a call would run, from its sizes by their letters.");
   m.def("norm_linear_limits", &mamba_ops::norm_linear_limits,
         "Rows and columns of the largest x of norm_linear that takes its kernel.");
+  m.def(
+      "mamba2_step_fits", &mamba_ops::mamba2_step_fits, pybind11::arg("d"), pybind11::arg("h"),
+      pybind11::arg("n"), pybind11::arg("state_bytes"),
+      "Whether mamba2_step has a kernel for these sizes and bytes of a state's value on the current device.");
 }

@@ -12,6 +12,7 @@ except ImportError as error:
 from . import reference
 from .add_norm import add_rms_norm
 from .causal_conv1d import causal_conv1d
+from .mamba2_step import Mamba2StepLayer, mamba2_step
 from .mamba_inner import mamba_inner
 from .mamba_split_conv1d_scan import mamba_split_conv1d_scan
 from .nn import Mamba, Mamba2, RMSNormGated
@@ -24,12 +25,14 @@ from .state_update import causal_conv1d_update, selective_state_update, ssd_stat
 __all__ = [
     "Mamba",
     "Mamba2",
+    "Mamba2StepLayer",
     "RMSNormGated",
     "__version__",
     "add_rms_norm",
     "build_info",
     "causal_conv1d",
     "causal_conv1d_update",
+    "mamba2_step",
     "mamba_inner",
     "mamba_split_conv1d_scan",
     "norm_linear",

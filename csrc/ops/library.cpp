@@ -110,6 +110,16 @@ STABLE_TORCH_LIBRARY(mamba_ops, m) {
       "Tensor(a!) conv_state, Tensor conv_weight, Tensor? conv_bias, float eps, SymInt conv_begin) "
       "-> (Tensor y, Tensor sum)");
 
+  // One token through a run of layers, a tensor of each list for each: stream, out, sum (1,d); norm_weight
+  // (d); in_proj (4d+2n+h,d); conv_state (1,2d+2n,3); conv_weight (2d+2n,4); conv_bias (2d+2n) or no tensors;
+  // state (1,h,p,n); dt_bias, A_log (h); D (h) or (h,p); gate_norm_weight (2d); out_proj (d,2d). Hopper,
+  // bfloat16.
+  m.def(
+      "mamba2_step(Tensor stream, Tensor[] norm_weight, Tensor[] in_proj, Tensor(a!)[] conv_state, "
+      "Tensor[] conv_weight, Tensor[] conv_bias, Tensor(b!)[] state, Tensor[] dt_bias, Tensor[] A_log, "
+      "Tensor[] D, Tensor[] gate_norm_weight, Tensor[] out_proj, float eps, float gate_eps, float dt_min, "
+      "float dt_max) -> (Tensor out, Tensor sum)");
+
   // One token, or t of them; state_indices (b): rows of the state, negative for padding.
   // x (b,d[,t]); state (s,d,k); weight (d,w); bias (d)
   m.def(
@@ -155,4 +165,5 @@ STABLE_TORCH_LIBRARY_IMPL(mamba_ops, CUDA, m) {
   MAMBA_IMPL_ALL;
   MAMBA_IMPL(norm_linear);
   MAMBA_IMPL(norm_linear_conv);
+  MAMBA_IMPL(mamba2_step);
 }

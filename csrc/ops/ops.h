@@ -41,6 +41,15 @@ std::tuple<Tensor, Tensor> norm_linear_conv(Tensor x, OptTensor residual, OptTen
                                             Tensor conv_weight, OptTensor conv_bias, double eps,
                                             int64_t conv_begin);
 
+// One tensor a layer in each list; conv_bias may be empty.
+std::tuple<Tensor, Tensor> mamba2_step(Tensor stream, std::vector<Tensor> norm_weight,
+                                       std::vector<Tensor> in_proj, std::vector<Tensor> conv_state,
+                                       std::vector<Tensor> conv_weight, std::vector<Tensor> conv_bias,
+                                       std::vector<Tensor> state, std::vector<Tensor> dt_bias,
+                                       std::vector<Tensor> A_log, std::vector<Tensor> D,
+                                       std::vector<Tensor> gate_norm_weight, std::vector<Tensor> out_proj,
+                                       double eps, double gate_eps, double dt_min, double dt_max);
+
 Tensor causal_conv1d_update(Tensor x, Tensor state, Tensor weight, OptTensor bias, OptTensor state_indices,
                             bool silu);
 Tensor selective_state_update(Tensor state, Tensor u, Tensor delta, Tensor A, Tensor B, Tensor C, OptTensor D,

@@ -8,10 +8,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from ..mamba2_step import is_one_launch, mamba2_step
 from ..nn import Attention, AttentionCache, Cache, GatedMLP, LayerCache, Mamba, Mamba2
 from ..nn.init import Device
 from ..nn.norm import Norm
-from ..nn.token import project
+from ..nn.token import is_plain, project
 from .config import LAYERS, LMConfig
 from .state import ModelCache
 
@@ -134,6 +135,9 @@ class Backbone(nn.Module):
         if self.config.residual_in_fp32:
             stream = stream.to(torch.promote_types(stream.dtype, torch.float32))
         embedded, cache = stream, way.cache
+        stepped = self._step_at_once(stream, way)
+        if stepped is not None:
+            return self.norm_f.add(*stepped)[0]
         out: Tensor | None = None
         for i, block in enumerate(self.layers):
             shared = None
@@ -142,6 +146,26 @@ class Backbone(nn.Module):
                 shared = self.shared(stream, embedded, way, None if cache is None else cache.shared[i])
             out, stream = block(out, stream, shared, way, None if cache is None else cache.mixers[i])
         return self.norm_f.add(out, stream)[0]
+
+    def _step_at_once(self, stream: Tensor, way: Pass) -> tuple[Tensor, Tensor] | None:
+        """`mamba2_step` of all blocks, where the model is a run of Mamba-2 layers and it is one launch."""
+        if not (way.one_token and way.cache is not None and stream.is_cuda and len(stream) == 1):
+            return None
+        blocks: list[Block] = list(self.layers)  # type: ignore[arg-type]
+        if self.config.shared_layer_idx or any(b.has_mlp or not isinstance(b.mixer, Mamba2) for b in blocks):
+            return None
+        layers, options = [], set()
+        for block, cache in zip(blocks, way.cache.mixers, strict=True):
+            assert isinstance(block.mixer, Mamba2) and isinstance(cache, LayerCache)
+            layer = block.mixer.step_layer(block.norm, cache) if is_plain(block, Block) else None
+            if layer is None:
+                return None
+            layers.append(layer)
+            options.add((block.norm.eps, block.mixer.norm.eps, block.mixer.dt_limit))
+        if len(options) != 1 or not is_one_launch(stream, layers):
+            return None
+        ((eps, gate_eps, dt_limit),) = options
+        return mamba2_step(stream, layers, eps=eps, gate_eps=gate_eps, dt_limit=dt_limit)
 
 
 class LanguageModel(nn.Module):

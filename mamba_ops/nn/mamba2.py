@@ -12,12 +12,13 @@ from torch.nn import functional as F
 
 from .._library import step_limits
 from ..causal_conv1d import causal_conv1d
+from ..mamba2_step import Mamba2StepLayer
 from ..mamba_split_conv1d_scan import mamba_split_conv1d_scan
 from ..ssd import ssd
 from ..state_update import causal_conv1d_update, ssd_state_update
 from .cache import LayerCache, carry, check_sequence, decay_rate, initial_state, state_dtype_of
 from .init import Device, check_sizes, depthwise_conv, no_weight_decay, random_step_bias
-from .norm import RMSNormGated
+from .norm import Norm, RMSNormGated
 from .token import is_plain, norm_and_project, project, project_and_convolve, token_rows
 
 
@@ -304,6 +305,37 @@ class Mamba2(nn.Module):
             return None
         *mlp, z, xBC, dt = torch.split(fused[0], self._split, dim=-1)
         return self._step_convolved(mlp, z, xBC, dt, cache), fused[1]
+
+    def step_layer(self, norm: RMSNormGated, cache: LayerCache) -> Mamba2StepLayer | None:
+        """This layer and the norm before it for `mamba2_step`; None where a step is more than that."""
+        plain = (
+            is_plain(norm, Norm)
+            and is_plain(self, Mamba2)
+            and all(
+                is_plain(linear, nn.Linear) and linear.bias is None
+                for linear in (self.in_proj, self.out_proj)
+            )
+            and self.rmsnorm
+            and is_plain(self.norm, RMSNormGated)
+            and not self.norm_before_gate
+            and self.ngroups == 1
+            and not self.d_mlp
+        )
+        if not plain:
+            return None
+        return Mamba2StepLayer(
+            norm.weight,
+            self.in_proj.weight,
+            cache.conv_state,
+            self.conv1d.weight.squeeze(1),
+            self.conv1d.bias,
+            cache.ssm_state,
+            self.dt_bias,
+            self.A_log,
+            self._skip(),
+            self.norm.weight,
+            self.out_proj.weight,
+        )
 
     def _step_convolved(
         self, mlp: Sequence[Tensor], z: Tensor, xBC: Tensor, dt: Tensor, cache: LayerCache
