@@ -63,7 +63,7 @@ def mamba2_step(
     Raises:
         RuntimeError: shapes, dtypes or devices disagree (the message names the argument), or a tensor
             requires gradients while they are recorded.
-        ValueError: no layers, or bounds of the step that are not ordered.
+        ValueError: no layers, a stream or a state of other dims, or bounds of the step that are not ordered.
 
     Source: Dao & Gu 2024, section 7; checked against its parts.
 
@@ -88,6 +88,11 @@ def mamba2_step(
     """
     if not layers:
         raise ValueError("mamba2_step: layers must be one or more, got none")
+    if stream.dim() != 2:
+        raise ValueError(f"mamba2_step: stream must be (b, d), got {tuple(stream.shape)}")
+    for layer in layers:
+        if layer.state.dim() != 4:
+            raise ValueError(f"mamba2_step: state must be (b, h, p, n), got {tuple(layer.state.shape)}")
     low, high = step_limits("mamba2_step", dt_limit)
     if not low <= high:
         raise ValueError(f"mamba2_step: dt_limit must be (low, high) with low <= high, got {dt_limit}")
@@ -106,6 +111,8 @@ def is_one_launch(stream: Tensor, layers: Sequence[Mamba2StepLayer]) -> bool:
     """Whether mamba2_step of these is one launch."""
     half = torch.bfloat16
     if not stream.is_cuda or len(stream) != 1 or len(layers) > _MAX_LAYERS:
+        return False
+    if torch.compiler.is_compiling():  # addresses are not known yet
         return False
     if stream.dtype not in (half, torch.float32) or torch.is_autocast_enabled("cuda"):
         return False

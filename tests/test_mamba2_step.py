@@ -201,6 +201,11 @@ def test_dtypes_and_options(
     check(layers, hopper, stream=stream, one_launch=True, dt_limit=(0.01, 0.1))
 
 
+@pytest.mark.parametrize(("d", "h", "n"), [(256, 8, 68), (256, 8, 32), (320, 8, 128), (2816, 88, 128)])
+def test_sizes_that_the_kernel_does_not_take(hopper: str, d: int, h: int, n: int) -> None:
+    check([random_layer(d, h, n, state=HALF, seed=i) for i in range(2)], hopper, one_launch=False)
+
+
 def test_odd_number_of_heads(hopper: str) -> None:
     """The last row of in_proj has no partner."""
     for d, h in ((768, 3), (2304, 9)):
@@ -308,6 +313,10 @@ def test_errors() -> None:
     layer = random_layer(8, 2, 4, dtype=WHOLE)
     with pytest.raises(ValueError, match="mamba2_step: layers must be one or more, got none"):
         mamba2_step(torch.zeros(1, 8), [])
+    with pytest.raises(ValueError, match=r"mamba2_step: stream must be \(b, d\), got \(8,\)"):
+        mamba2_step(torch.zeros(8), [layer])
+    with pytest.raises(ValueError, match=r"mamba2_step: state must be \(b, h, p, n\), got \(2, 8, 4\)"):
+        mamba2_step(torch.zeros(1, 8), [layer._replace(state=layer.state[0])])
     with pytest.raises(RuntimeError, match="mamba2_step: has no backward"):
         mamba2_step(torch.zeros(1, 8, requires_grad=True), [layer])
     with pytest.raises(

@@ -31,8 +31,8 @@
 // us of 28; the slowest multiprocessor ends in_proj 3 us behind the middle one. No gain, 2.7B: 60, 80 or 160
 // KiB in flight of both weights (0.1, 0.2, 0.4 slower than 40); fences (0.1); asking without counting (0.4);
 // the count in one line with u (0.1); copies of 16 bytes by the consumers (0.8: their issue keeps shared
-// memory's readers waiting); units drawn by ticket, copied by whoever has room (0.7); twelve consumers (0.4:
-// no registers).
+// memory's readers waiting); units drawn by ticket, all of them by consumers that have room (0.7), or the
+// last rounds of in_proj by producers (0.2); twelve consumers (0.4: no registers).
 #include <algorithm>
 
 #include "kernels/cuda/device.h"
@@ -490,10 +490,10 @@ int64_t slots_of(const Mamba2Step& p) {
 bool mamba2_step_takes(const Mamba2Step& p) {
   using namespace gpu;
   using namespace gpu::sm90;
-  const int64_t team = p.n * (p.state_dtype == DType::f32 ? 4 : 2) / 16;
+  const int64_t bytes = p.n * (p.state_dtype == DType::f32 ? 4 : 2);  // of a row of the state
   return !portable_only && device_attribute(cudaDevAttrComputeCapabilityMajor) == 9 && p.d > 0 &&
          p.d % kChunk == 0 && p.d <= kMaxWidth && p.h > 0 && p.inner() % p.h == 0 &&
-         (team == 8 || team == 16 || team == 32) && slots_of(p) >= 2 * kWarps;
+         (bytes == 128 || bytes == 256 || bytes == 512) && slots_of(p) >= 2 * kWarps;
 }
 
 int64_t mamba2_step_scratch(const Mamba2Step& p) {
