@@ -120,19 +120,16 @@ def is_one_launch(stream: Tensor, layers: Sequence[Mamba2StepLayer]) -> bool:
     d, (_, h, p, n) = stream.shape[1], first.state.shape
     if h * p != 2 * d or first.in_proj.shape != (4 * d + 2 * n + h, d) or first.conv_weight.shape[1] != 4:
         return False
-    kinds = [None if t is None else t.dtype for t in first]
     wide = {"state", "dt_bias", "A_log", "D"}
     for layer in layers:
-        for name, t, kind in zip(layer._fields, layer, kinds, strict=True):
-            if t is None or kind is None:
-                if t is not None or kind is not None or name != "conv_bias":
+        for name, t, like in zip(layer._fields, layer, first, strict=True):
+            if t is None or like is None:
+                if t is not like:
                     return False
-            elif (
-                t.dtype != kind
-                or not (kind == half or (kind == torch.float32 and name in wide))
-                or not t.is_contiguous()
-                or t.data_ptr() % 16
-            ):
+                continue
+            fits = t.dtype == half or (t.dtype == torch.float32 and name in wide)
+            same = t.dtype == like.dtype and t.shape == like.shape
+            if not (fits and same and t.is_contiguous() and t.data_ptr() % 16 == 0):
                 return False
     with torch.cuda.device(stream.device):
         return _C.mamba2_step_fits(d, h, n, first.state.element_size())

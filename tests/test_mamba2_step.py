@@ -228,6 +228,7 @@ def test_many_layers(hopper: str) -> None:
         lambda layer: layer._replace(in_proj=layer.in_proj.t().contiguous().t()),
         lambda layer: layer._replace(norm_weight=layer.norm_weight.float()),
         lambda layer: layer._replace(conv_bias=None),
+        lambda layer: layer._replace(D=layer.D[:, None].repeat(1, layer.state.shape[2])),
         lambda layer: layer._replace(
             gate_norm_weight=torch.cat([layer.gate_norm_weight[:1]] + [layer.gate_norm_weight])[1:]
         ),

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from ..mamba2_step import is_one_launch, mamba2_step
+from ..mamba2_step import Mamba2StepLayer, is_one_launch, mamba2_step
 from ..nn import Attention, AttentionCache, Cache, GatedMLP, LayerCache, Mamba, Mamba2
 from ..nn.init import Device
 from ..nn.norm import Norm
@@ -154,11 +154,12 @@ class Backbone(nn.Module):
         blocks: list[Block] = list(self.layers)  # type: ignore[arg-type]
         if self.config.shared_layer_idx or any(b.has_mlp or not isinstance(b.mixer, Mamba2) for b in blocks):
             return None
-        layers, options = [], set()
+        layers: list[Mamba2StepLayer] = []
+        options = set()
         for block, cache in zip(blocks, way.cache.mixers, strict=True):
             assert isinstance(block.mixer, Mamba2) and isinstance(cache, LayerCache)
             layer = block.mixer.step_layer(block.norm, cache) if is_plain(block, Block) else None
-            if layer is None:
+            if layer is None or (not layers and not is_one_launch(stream, [layer])):
                 return None
             layers.append(layer)
             options.add((block.norm.eps, block.mixer.norm.eps, block.mixer.dt_limit))
