@@ -134,7 +134,6 @@ struct Units {
 // One thread.
 __device__ inline void copy_weights(const Mamba2Step& p, const Mamba2Step::Layer* layers, const Ring& ring,
                                     const Units& units) {
-  constexpr uint64_t kEvictFirst = 0x12F0000000000000;
   const int rows_in = int(p.rows_in()), most = max(kInFlight / ring.bytes, 2);
   Place next, oldest;
   int in_flight = 0;
@@ -152,11 +151,8 @@ __device__ inline void copy_weights(const Mamba2Step& p, const Mamba2Step::Layer
       const int bytes = !is_out && 2 * unit + 1 == rows_in ? ring.bytes / 2 : ring.bytes;
       const uint32_t full = ring.full + 8 * next.slot;
       arrive_and_expect(full, bytes);
-      asm volatile(
-          "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint [%0], [%1], %2, "
-          "[%3], %4;" ::"r"(shared_address(ring.data + next.slot * ring.bytes)),
-          "l"(weight + int64_t(unit) * ring.bytes), "r"(bytes), "r"(full), "l"(kEvictFirst)
-          : "memory");
+      bulk_load_once(shared_address(ring.data + next.slot * ring.bytes), weight + int64_t(unit) * ring.bytes,
+                     bytes, full);
       next.move(ring, 1);
     }
   }

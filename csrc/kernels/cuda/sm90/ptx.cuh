@@ -122,6 +122,15 @@ __device__ inline void bulk_load(uint32_t to, const void* from, int bytes, uint3
       "l"(from), "r"(bytes), "r"(barrier)
       : "memory");
 }
+// Of bytes that are read once: the first that L2 drops.
+__device__ inline void bulk_load_once(uint32_t to, const void* from, int bytes, uint32_t barrier) {
+  constexpr uint64_t kEvictFirst = 0x12F0000000000000;
+  asm volatile(
+      "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint [%0], [%1], %2, "
+      "[%3], %4;" ::"r"(to),
+      "l"(from), "r"(bytes), "r"(barrier), "l"(kEvictFirst)
+      : "memory");
+}
 __device__ inline void bulk_store(void* to, uint32_t from, int bytes) {
   asm volatile("cp.async.bulk.global.shared::cta.bulk_group [%0], [%1], %2;" ::"l"(to), "r"(from), "r"(bytes)
                : "memory");
