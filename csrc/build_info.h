@@ -25,7 +25,8 @@ MAMBA_OPS_API std::map<std::string, std::string> plan(const std::string& op, con
                                                       const std::map<std::string, int64_t>& sizes);
 // Rows and columns of the largest x of norm_linear that takes its kernel.
 MAMBA_OPS_API std::pair<int64_t, int64_t> norm_linear_limits();
-// Whether mamba2_step has a kernel for these sizes and bytes of a state's value on the current device.
-MAMBA_OPS_API bool mamba2_step_fits(int64_t d, int64_t h, int64_t n, int64_t state_bytes);
+// Whether mamba2_step has a kernel for so many layers of these sizes and bytes of a state's value on the
+// current device.
+MAMBA_OPS_API bool mamba2_step_fits(int64_t layers, int64_t d, int64_t h, int64_t n, int64_t state_bytes);
 
 }  // namespace mamba_ops

@@ -17,7 +17,7 @@ PYBIND11_MODULE(_C, m) {
   m.def("norm_linear_limits", &mamba_ops::norm_linear_limits,
         "Rows and columns of the largest x of norm_linear that takes its kernel.");
   m.def(
-      "mamba2_step_fits", &mamba_ops::mamba2_step_fits, pybind11::arg("d"), pybind11::arg("h"),
-      pybind11::arg("n"), pybind11::arg("state_bytes"),
+      "mamba2_step_fits", &mamba_ops::mamba2_step_fits, pybind11::arg("layers"), pybind11::arg("d"),
+      pybind11::arg("h"), pybind11::arg("n"), pybind11::arg("state_bytes"),
       "Whether mamba2_step has a kernel for these sizes and bytes of a state's value on the current device.");
 }

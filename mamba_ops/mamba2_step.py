@@ -14,7 +14,6 @@ from .norm_linear import norm_linear, norm_linear_conv
 from .state_update import prepare, ssd_state_update
 
 _step = torch.ops.mamba_ops.mamba2_step.default
-_MAX_LAYERS = 128
 
 
 class Mamba2StepLayer(NamedTuple):
@@ -110,7 +109,7 @@ def mamba2_step(
 def is_one_launch(stream: Tensor, layers: Sequence[Mamba2StepLayer]) -> bool:
     """Whether mamba2_step of these is one launch."""
     half = torch.bfloat16
-    if not stream.is_cuda or len(stream) != 1 or len(layers) > _MAX_LAYERS:
+    if not stream.is_cuda or len(stream) != 1:
         return False
     if torch.compiler.is_compiling():  # addresses are not known yet
         return False
@@ -132,7 +131,7 @@ def is_one_launch(stream: Tensor, layers: Sequence[Mamba2StepLayer]) -> bool:
             if not (fits and same and t.is_contiguous() and t.data_ptr() % 16 == 0):
                 return False
     with torch.cuda.device(stream.device):
-        return _C.mamba2_step_fits(d, h, n, first.state.element_size())
+        return _C.mamba2_step_fits(len(layers), d, h, n, first.state.element_size())
 
 
 def _by_parts(

@@ -17,14 +17,7 @@ from tests.cases import LAYOUTS, NORMS, Inputs
 from tests.compare import FEW, clone_strided
 from tests.conftest import missing_device
 
-
-@pytest.fixture(params=["cpu", "cuda"])
-def device(request: pytest.FixtureRequest) -> str:
-    """Where norm_linear runs: on the CPU by its parts."""
-    reason = missing_device("norm_linear", request.param)
-    if reason:
-        pytest.skip(reason)
-    return str(request.param)
+OPERATOR = "norm_linear"  # on the CPU by its parts
 
 
 def half(*sizes: Any, **options: Any) -> Inputs:

@@ -35,7 +35,7 @@ struct Mamba2Step {
   constexpr int64_t rows_in() const { return inner() + conv_width() + h; }
 };
 
-// Sizes that the kernel has room for, on the current device; `layers` and what is not a size aside.
+// Whether the kernel has room for the sizes and the number of layers, on the current device.
 bool mamba2_step_takes(const Mamba2Step& p);
 int64_t mamba2_step_scratch(const Mamba2Step& p);
 // Returns nullptr, or what CUDA says went wrong; does not wait for the kernel.

@@ -2,7 +2,6 @@
 
 #include "build_info.h"
 #include "ops/cuda.h"
-#include "ops/dispatch.h"
 #include "ops/ops.h"
 
 namespace mamba_ops {
@@ -134,9 +133,9 @@ std::tuple<Tensor, Tensor> mamba2_step(Tensor stream, Tensors norm_weight, Tenso
   return {out, sum};
 }
 
-bool mamba2_step_fits(int64_t d, int64_t h, int64_t n, int64_t state_bytes) {
+bool mamba2_step_fits(int64_t layers, int64_t d, int64_t h, int64_t n, int64_t state_bytes) {
 #if defined(USE_CUDA) && defined(MAMBA_OPS_SM90)
-  Mamba2Step p = {.layers = Mamba2Step::kMaxLayers, .d = d, .h = h, .n = n};
+  Mamba2Step p = {.layers = layers, .d = d, .h = h, .n = n};
   p.state_dtype = state_bytes == 4 ? DType::f32 : DType::bf16;
   return mamba2_step_takes(p);
 #else
